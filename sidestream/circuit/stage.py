@@ -1,0 +1,180 @@
+"""A stage: one part of a model, cut by depth. ``(inputs, state) -> (outputs, state)``, and nothing hidden.
+
+A model that was cut is ``Stages``: its stages in order of depth, and ``links`` that say which output of which
+stage is which input of which later one. Links carry no time; a wiring (``circuit.wiring``) gives every link a
+delay and so makes a ``Circuit``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch.utils import _pytree as pytree
+
+from sidestream.errors import CircuitError, LayoutError
+
+Values = tuple[Any, ...]
+"""Flat values, one per input or output of a stage; mostly tensors."""
+State = Any
+"""Whatever a stage carries from one tick to the next; None for a stage without memory."""
+
+
+class _Nothing:
+    """The message of a tick in which nothing was written: a legal output of any stage (it swallowed its input)."""
+
+    def __repr__(self) -> str:
+        return "NOTHING"
+
+
+NOTHING = _Nothing()
+SOURCE = 0
+"""The number of the frame source; stages are numbered 1..K, the sink (the circuit's answer) is K + 1."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a circuit.
+
+    ``step(inputs, state) -> (outputs, state)`` takes ``num_inputs`` flat values and gives ``num_outputs``.
+    It must not change its inputs or the state it was given: an old state stays valid.
+    """
+
+    name: str
+    step: Callable[[Values, State], tuple[Values, State]]
+    num_inputs: int
+    num_outputs: int
+    init_state: Callable[[], State] | None = None
+    """Makes the state of a new stream; None when the stage has no memory."""
+    cost_seconds: float | None = None
+    """Measured time of one step on one thread (median, warm), where known."""
+    output_bytes: tuple[int, ...] | None = None
+    """Size of each output for the example, where known: what a register on its wire costs."""
+    module: Any = None
+    """The ``nn.Module`` behind ``step`` where there is one (back ends export it; training reads its parameters)."""
+    example_inputs: Values | None = None
+    """Flat inputs with which the stage was made, where known (back ends need their shapes)."""
+    copy: Callable[[], Stage] | None = None
+    """Makes a twin that another thread can run at the same time; None when ``step`` itself is thread-safe."""
+    backend: str = "eager"
+
+    @property
+    def is_stateful(self) -> bool:
+        return self.init_state is not None
+
+    def twin(self) -> Stage:
+        """A stage that may run at the same time as this one (itself where that is safe)."""
+        return self if self.copy is None else self.copy()
+
+
+@dataclass(frozen=True, order=True)
+class Link:
+    """Output ``output`` of stage ``source`` is input ``input`` of stage ``target``."""
+
+    source: int
+    output: int
+    target: int
+    input: int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A model cut by depth: stages in order, links between them, and the model's own calling convention."""
+
+    stages: tuple[Stage, ...]
+    links: tuple[Link, ...]
+    in_spec: pytree.TreeSpec
+    """Structure of ``(args, kwargs)`` of the model; its leaves are the outputs of the source."""
+    out_spec: pytree.TreeSpec
+    """Structure of what the model returns; its leaves are the inputs of the sink."""
+    name: str = "model"
+    input_spec: Any = None
+    """``types.InputSpec`` of the model, where known."""
+    example: tuple[Any, dict[str, Any]] | None = field(default=None, repr=False)
+    """``(args, kwargs)`` with which the model was cut, where known."""
+
+    def __post_init__(self) -> None:
+        check_links(self.stages, self.links, self.in_spec.num_leaves, self.out_spec.num_leaves)
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __iter__(self) -> Iterator[Stage]:
+        return iter(self.stages)
+
+    def __getitem__(self, i: int) -> Stage:
+        return self.stages[i]
+
+    @property
+    def is_stateful(self) -> bool:
+        return any(s.is_stateful for s in self.stages)
+
+    def with_stages(self, stages: tuple[Stage, ...]) -> Stages:
+        """The same links over other stages (a back end's, say)."""
+        return replace(self, stages=tuple(stages))
+
+    def init_state(self) -> list[State]:
+        """One state per stage, as at the start of a stream."""
+        return [s.init_state() if s.init_state else None for s in self.stages]
+
+    def step(self, state: list[State], *args: Any, **kwargs: Any) -> tuple[Any, list[State]]:
+        """One frame through all stages in a row: ``(answer, new state)``. The slow twin of every wiring."""
+        K = len(self.stages)
+        values: dict[tuple[int, int], Any] = {
+            (SOURCE, n): leaf for n, leaf in enumerate(flatten_inputs(self.in_spec, args, kwargs, self.example))
+        }
+        new_state = list(state)
+        for number, stage in enumerate(self.stages, start=1):
+            outputs, new_state[number - 1] = stage.step(self._gather(values, number), state[number - 1])
+            values.update({(number, n): value for n, value in enumerate(outputs)})
+        return pytree.tree_unflatten(self._gather(values, K + 1), self.out_spec), new_state
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The stages in a row on fresh state: equals the model, to the bit."""
+        return self.step(self.init_state(), *args, **kwargs)[0]
+
+    def _gather(self, values: dict[tuple[int, int], Any], target: int) -> Values:
+        links = sorted((k for k in self.links if k.target == target), key=lambda k: k.input)
+        return tuple(values[k.source, k.output] for k in links)
+
+
+def flatten_inputs(
+    in_spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any], example: Any = None
+) -> list[Any]:
+    """Leaves of a call, refused when its structure is not the one the model was cut with.
+
+    With ``example``, the ``(args, kwargs)`` of the cut, also refused when a number, flag or text in it differs:
+    those are part of the traced model. (Shapes and types of tensors are checked by the stages that read them.)
+    """
+    leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    if spec != in_spec:
+        raise LayoutError(
+            f"the model was cut for inputs of the structure {in_spec}, but was given {spec}; "
+            "call it with the same arguments, in the same order, as the example"
+        )
+    for given, expected in zip(leaves, [] if example is None else pytree.tree_leaves(example)):
+        if isinstance(expected, bool | int | float | str | None) and given != expected:
+            raise LayoutError(f"the model was cut with the argument {expected!r}, but was given {given!r}; cut it anew")
+    return list(leaves)
+
+
+def check_links(stages: tuple[Stage, ...], links: tuple[Link, ...], num_sources: int, num_sinks: int) -> None:
+    """Every input of every stage and of the sink has exactly one link, and no link leads nowhere."""
+    K = len(stages)
+    num_outputs = [num_sources] + [s.num_outputs for s in stages]
+    num_inputs = {n: s.num_inputs for n, s in enumerate(stages, start=1)} | {K + 1: num_sinks}
+    seen: set[tuple[int, int]] = set()
+    for link in links:
+        if not (0 <= link.source <= K and 0 <= link.output < num_outputs[link.source]):
+            raise CircuitError(f"{link} reads an output that does not exist (there are {K} stages)")
+        if link.target not in num_inputs or not 0 <= link.input < num_inputs[link.target]:
+            raise CircuitError(f"{link} feeds an input that does not exist (there are {K} stages)")
+        if (link.target, link.input) in seen:
+            raise CircuitError(f"input {link.input} of stage {link.target} is fed twice")
+        seen.add((link.target, link.input))
+    for target, count in num_inputs.items():
+        for n in range(count):
+            if (target, n) not in seen:
+                what = "the answer" if target == K + 1 else f"stage {target} ({stages[target - 1].name})"
+                raise CircuitError(f"input {n} of {what} is fed by no link")

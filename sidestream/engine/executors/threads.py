@@ -1,0 +1,201 @@
+"""A standing pool of threads that fire cells as soon as they are ready: stages in parallel, each on another frame.
+
+One lock guards which cells are ready; the work itself happens outside of it. A worker that has fired a cell takes
+the next ready one itself, so a frame is handed from stage to stage without a queue between. Of several ready cells
+the one with the oldest frame goes first. No more frames are let in than the circuit's registers hold in a tick.
+"""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+
+from sidestream.circuit.ages import information_latency_ticks, lags_of
+from sidestream.circuit.stage import SOURCE
+from sidestream.clock import Clock
+from sidestream.engine.feed import Feed
+from sidestream.engine.tick import Cell, Machine
+from sidestream.types import Output
+
+STOP_GRACE_SECONDS = 1.0
+"""How long a stopped run waits for a source that is stuck before it ends without it."""
+
+
+def threads(
+    machine: Machine, feed: Feed, *, clock: Clock, num_workers: int, max_in_flight: int | None = None
+) -> Iterator[Output]:
+    """Answers in order, equal to ``inline``'s to the bit.
+
+    ``max_in_flight``: frames inside at once; at most the circuit's latency in ticks + 1 (default: that, but no more
+    than ``num_workers`` + 1, since more frames than workers only wait).
+    """
+    pool = _Pool(machine, feed, clock, _limit(machine, num_workers, max_in_flight))
+    pool.start(num_workers)
+    try:
+        while (output := pool.next_answer()) is not None:
+            yield output
+    finally:
+        pool.shut_down()
+
+
+def _limit(machine: Machine, num_workers: int, max_in_flight: int | None) -> int:
+    wanted = num_workers + 1 if max_in_flight is None else max_in_flight
+    needed = machine.latency - information_latency_ticks(machine.circuit) + 1  # an answer may need newer frames
+    return max(needed, min(machine.latency + 1, wanted))
+
+
+class _Pool:
+    def __init__(self, machine: Machine, feed: Feed, clock: Clock, limit: int) -> None:
+        self.machine, self.feed, self.clock, self.limit = machine, feed, clock, limit
+        self.lock = threading.Lock()
+        self.work = threading.Condition(self.lock)  # a cell became ready
+        self.room = threading.Condition(self.lock)  # a frame left, another may come in
+        self.done = threading.Condition(self.lock)  # an answer was made, or the run ended
+        self.ready: list[tuple[int, int]] = []  # (frame it works on, -number): oldest frame first, then deepest
+        self.queued: set[int] = set()  # cells that are ready or at work
+        self.num_idle = 0
+        self.num_in_flight = 0
+        self.answers: deque[Output] = deque()
+        self.has_ended = False  # the feed has no more ticks
+        self.is_closed = False
+        self.failure: BaseException | None = None
+        self.lags = lags_of(machine.circuit)
+        self.readers = _readers(machine)
+        self.reads_sink = {w.source for w in machine.circuit.wires_into(machine.circuit.sink)}
+        self.threads: list[threading.Thread] = []
+
+    def start(self, num_workers: int) -> None:
+        with self.lock:
+            self._queue(range(1, len(self.machine.cells) + 1))
+        targets = [self._run_feed] + [self._run_worker] * num_workers
+        self.threads = [
+            threading.Thread(target=target, daemon=True, name=f"sidestream-{n}") for n, target in enumerate(targets)
+        ]
+        for thread in self.threads:
+            thread.start()
+
+    def next_answer(self) -> Output | None:
+        """The next answer, waiting for it; None when all are out. Raises what a stage or the source raised."""
+        with self.lock:
+            while True:
+                if self.answers:
+                    output = self.answers.popleft()
+                    self.room.notify()
+                    return output
+                if self.failure is not None:
+                    raise self.failure
+                if self.has_ended and self.num_in_flight == 0:
+                    return None
+                if not self._wait_for_answer():
+                    return None
+
+    def _wait_for_answer(self) -> bool:
+        """Wait; False when the run was stopped and the source is stuck with nothing left in flight."""
+        if not self.feed.is_stopped:
+            self.done.wait(timeout=0.5)  # a stop from outside is seen within this time
+            return True
+        return self.done.wait(timeout=STOP_GRACE_SECONDS) or self.num_in_flight > 0
+
+    def shut_down(self) -> None:
+        with self.lock:
+            self.is_closed = True
+            for condition in (self.work, self.room, self.done):
+                condition.notify_all()
+        for thread in self.threads[1:]:
+            thread.join()
+        self.threads[0].join(timeout=STOP_GRACE_SECONDS)  # the feed may be stuck in a source
+
+    def _run_feed(self) -> None:
+        try:
+            while self._wait_for_room():
+                tick = next(self.feed, None)
+                with self.lock:
+                    if tick is None:
+                        self.has_ended = True
+                        self.done.notify_all()
+                        return
+                    self.num_in_flight += tick[1] is not None
+                    self.machine.feed(*tick)
+                    self._queue(self.readers[SOURCE])
+                    self._collect()
+                    self.work.notify(min(self.num_idle, len(self.ready)))
+        except BaseException as error:
+            self._fail(error)
+
+    def _wait_for_room(self) -> bool:
+        """Wait until a frame may come in: enough answered, and the reader of the answers keeps up."""
+        with self.lock:
+            while self.num_in_flight >= self.limit or len(self.answers) >= self.limit + 1:
+                if self.is_closed:
+                    return False
+                self.room.wait()
+            return not self.is_closed
+
+    def _run_worker(self) -> None:
+        torch.set_num_threads(1)
+        cell: Cell | None = None
+        try:
+            while (cell := self._next_cell(cell)) is not None:
+                self.machine.fire(cell)
+        except BaseException as error:
+            self._fail(error)
+
+    def _next_cell(self, fired: Cell | None) -> Cell | None:
+        """Book what the fired cell has made ready, and take the next cell to fire; None when the run is over."""
+        with self.lock:
+            if fired is not None:
+                self.queued.discard(fired.number)
+                self._queue((fired.number, *self.readers[fired.number]))
+                if fired.number in self.reads_sink:
+                    self._collect()
+                if (num_others := len(self.ready) - 1) > 0 and self.num_idle:
+                    self.work.notify(min(self.num_idle, num_others))
+            while not self.ready:
+                if self.is_closed:
+                    return None
+                self.num_idle += 1
+                self.work.wait()
+                self.num_idle -= 1
+            if self.is_closed:
+                return None
+            return self.machine.cells[-heapq.heappop(self.ready)[1] - 1]
+
+    def _queue(self, numbers: tuple[int, ...] | range) -> None:
+        for number in numbers:
+            cell = self.machine.cells[number - 1]
+            if number not in self.queued and cell.is_ready:
+                self.queued.add(number)
+                heapq.heappush(self.ready, (cell.tick - self.lags[number], -number))
+
+    def _collect(self) -> None:
+        while self.machine.can_collect:
+            has_left, output = self.machine.collect(self.clock.now())
+            self.num_in_flight -= has_left
+            if output is not None:
+                self.answers.append(output)
+            if has_left:
+                self.room.notify()
+                self.done.notify()
+
+    def _fail(self, error: BaseException) -> None:
+        with self.lock:
+            self.failure = self.failure or error
+            self.is_closed = True
+            for condition in (self.work, self.room, self.done):
+                condition.notify_all()
+
+
+def _readers(machine: Machine) -> list[tuple[int, ...]]:
+    """For the source and every stage, the stages that its wires lead to."""
+    circuit = machine.circuit
+    readers: list[set[int]] = [set() for _ in range(circuit.num_stages + 1)]
+    for wire in circuit.wires:
+        if wire.target != circuit.sink:
+            readers[wire.source].add(wire.target)
+    inputless = {n for n in range(1, circuit.num_stages + 1) if not circuit.wires_into(n)}
+    readers[SOURCE] |= inputless
+    return [tuple(sorted(r)) for r in readers]

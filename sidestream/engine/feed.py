@@ -1,0 +1,105 @@
+"""What goes into a machine: any iterable of frames, of tensors, or of the model's own arguments, as ticks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from sidestream.circuit.ages import latency_ticks, mixes_ages
+from sidestream.circuit.stage import flatten_inputs
+from sidestream.circuit.wire import Circuit
+from sidestream.clock import Clock
+from sidestream.engine.tick import Fed
+from sidestream.errors import InputError, LayoutError
+from sidestream.types import Frame, InputSpec
+
+Tick = tuple[list[Any], Fed | None]
+Prepare = InputSpec | Callable[[Frame], Any] | None
+
+
+class Feed:
+    """An iterator of ticks: ``(leaves of the model's input, what to remember of the frame)``.
+
+    ``frames`` may hold ``Frame`` (turned into the model's input by ``prepare``), tensors BCHW (taken as they are),
+    tuples (several positional inputs) or dicts (keyword inputs). When the stream ends and the circuit mixes frames
+    of different ages, the last frame is repeated until every frame is answered. ``stop()`` ends it early.
+    """
+
+    def __init__(self, frames: Iterable[Any], circuit: Circuit, *, prepare: Prepare, clock: Clock) -> None:
+        self._frames = iter(frames)
+        self._circuit = circuit
+        self._prepare = prepare if prepare is not None else circuit.input_spec
+        self._clock = clock
+        self._stopped = threading.Event()
+        self._num_drain = latency_ticks(circuit) if mixes_ages(circuit) else 0
+        self._last: list[Any] | None = None
+        self.num_frames = 0
+
+    def stop(self) -> None:
+        """End the stream after the frame at hand; what is in flight is still answered."""
+        self._stopped.set()
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._stopped.is_set()
+
+    def __iter__(self) -> Iterator[Tick]:
+        return self
+
+    def __next__(self) -> Tick:
+        if not self._stopped.is_set():
+            try:
+                return self._tick(next(self._frames))
+            except StopIteration:
+                self._stopped.set()
+        if self._last is None or self._num_drain <= 0:
+            raise StopIteration
+        self._num_drain -= 1
+        return self._last, None
+
+    def _tick(self, item: Any) -> Tick:
+        position, self.num_frames = self.num_frames, self.num_frames + 1
+        if isinstance(item, Frame):
+            fed = Fed(item.index, item.pts_seconds, item.arrived_at_seconds, item)
+            leaves = self._leaves(self._prepared(item))
+        else:
+            fed = Fed(position, float(position), self._clock.now(), None)
+            leaves = self._leaves(item)
+        self._last = leaves
+        return leaves, fed
+
+    def _prepared(self, frame: Frame) -> Any:
+        if self._prepare is None:
+            return frame.image_BCHW
+        if isinstance(self._prepare, InputSpec):
+            from sidestream.video.transform import prepare
+
+            return prepare(frame, self._prepare)
+        with torch.inference_mode():
+            return self._prepare(frame)
+
+    def _leaves(self, item: Any) -> list[Any]:
+        spec = self._circuit.in_spec
+        if isinstance(item, Tensor):
+            return self._checked(pytree.tree_leaves(item), spec)
+        if isinstance(item, tuple):
+            return flatten_inputs(spec, item, {})
+        if isinstance(item, dict):
+            return flatten_inputs(spec, (), item)
+        raise InputError(
+            f"a stream item is a {type(item).__name__}; expected Frame, a tensor BCHW, a tuple of inputs or a dict"
+        )
+
+    @staticmethod
+    def _checked(leaves: list[Any], spec: pytree.TreeSpec) -> list[Any]:
+        if spec.num_leaves != 1:
+            raise LayoutError(
+                f"the model takes {spec.num_leaves} inputs, but the stream brings one tensor per tick; "
+                "give tuples or dicts, or prepare= a function from Frame to the model's arguments"
+            )
+        return leaves

@@ -1,0 +1,230 @@
+"""``run``: a circuit on a stream. Picks the executor, hands out the answers, keeps the books."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sidestream.circuit.wire import Circuit
+from sidestream.clock import WALL, Clock
+from sidestream.engine.auto import Choice, choose
+from sidestream.engine.executors.frame_parallel import frame_parallel, undelayed
+from sidestream.engine.executors.inline import inline
+from sidestream.engine.executors.threads import threads
+from sidestream.engine.feed import Feed, Prepare
+from sidestream.engine.rules.forward import Forward
+from sidestream.engine.tick import Machine, Rule
+from sidestream.errors import InputError
+from sidestream.types import Frame, Output
+
+EXECUTORS = ("auto", "inline", "threads", "sequential", "frame-parallel")
+NUM_KEPT_LATENCIES = 10_000
+
+
+@dataclass
+class RunStats:
+    """The books of a run, in bounded memory; complete when the run has ended."""
+
+    executor: str
+    num_workers: int
+    num_answered: int = 0
+    started_at_seconds: float = 0.0
+    ended_at_seconds: float = 0.0
+    latencies_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_KEPT_LATENCIES))
+    """From arrival to answer, of the last 10,000 answers."""
+    busy_seconds: tuple[float, ...] = ()
+    """Time that each stage was at work."""
+    num_frames: int = 0
+    """Frames taken from the stream."""
+
+    @property
+    def elapsed_seconds(self) -> float:
+        return self.ended_at_seconds - self.started_at_seconds
+
+    @property
+    def frames_per_second(self) -> float:
+        return self.num_answered / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
+
+    @property
+    def busy_shares(self) -> tuple[float, ...]:
+        """Share of the run during which each stage was at work (frame-parallel: may exceed 1)."""
+        return tuple(b / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0 for b in self.busy_seconds)
+
+
+class Run(Iterator[Output]):
+    """An iterator of answers, in the order of their frames. ``stop()`` ends it early, and drains; ``close()`` drops
+    what is in flight. ``stats`` are the books, ``choice`` what ``executor="auto"`` found."""
+
+    def __init__(self, outputs: Iterator[Output], feed: Feed, machines: list[Machine], stats: RunStats) -> None:
+        self._outputs, self._feed, self._machines = outputs, feed, machines
+        self.stats = stats
+        self.choice: Choice | None = None
+        self._clock: Clock = WALL
+
+    def __iter__(self) -> Run:
+        return self
+
+    def __next__(self) -> Output:
+        try:
+            output = next(self._outputs)
+        except KeyboardInterrupt:
+            self.close()
+            raise
+        finally:
+            self._book()
+        self.stats.num_answered += 1
+        self.stats.latencies_seconds.append(output.latency_seconds)
+        return output
+
+    def _book(self) -> None:
+        stages = zip(*([cell.busy_seconds for cell in m.cells] for m in self._machines), strict=True)
+        self.stats.busy_seconds = tuple(map(sum, stages))
+        self.stats.num_frames = self._feed.num_frames
+        self.stats.ended_at_seconds = self._clock.now()
+
+    def stop(self) -> None:
+        """Take no more frames; those in flight are still answered. Safe to call from a signal handler."""
+        self._feed.stop()
+
+    def close(self) -> None:
+        """End now. Answers in flight are lost."""
+        self._feed.stop()
+        if hasattr(self._outputs, "close"):
+            self._outputs.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def run(
+    circuit: Circuit,
+    frames: Iterable[Any],
+    *,
+    executor: str = "threads",
+    rule: Rule | None = None,
+    prepare: Prepare = None,
+    num_threads: int | None = None,
+    max_in_flight: int | None = None,
+    clock: Clock = WALL,
+) -> Run:
+    """Run ``circuit`` on a stream and iterate over its answers.
+
+    ``frames``: any iterable of ``Frame``, of tensors BCHW, of tuples of inputs, or of dicts of inputs.
+    ``executor``: "inline" (one thread, the oracle), "threads" (stages in parallel, each on a different frame),
+    "sequential" (whole model frame by frame, the stages using all intra-op threads), "frame-parallel" (whole model
+    on different frames, stateless circuits only), or "auto" (tries them for a second and picks).
+    ``rule``: what a stage does in a tick; default ``Forward()``.
+    ``prepare``: ``InputSpec`` or function that turns a ``Frame`` into the model's input; default: the circuit's
+    own ``input_spec``, where the model came with one.
+    ``num_threads``: workers ("threads", "frame-parallel") or intra-op threads ("sequential"); default: all cores.
+    ``max_in_flight``: see ``executors.threads``.
+    """
+    if executor not in EXECUTORS:
+        raise InputError(f"unknown executor {executor!r}; expected one of {', '.join(EXECUTORS)}")
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"num_threads={num_threads}; expected 1 or more")
+    options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, clock)
+    if executor != "auto":
+        return _start(circuit, frames, executor, options)
+    first, frames = _peek(frames)
+    if first is None:
+        return _start(circuit, frames, "threads", options)
+    choice = choose(
+        circuit,
+        first,
+        lambda name, items: _start(circuit, _arriving(items, clock), name, options),
+        frame_rate=_live_rate(frames),
+    )
+    started = _start(circuit, frames, choice.executor, options)
+    started.choice = choice
+    return started
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class _Options:
+    rule: Rule
+    prepare: Prepare
+    num_threads: int
+    max_in_flight: int | None
+    clock: Clock
+
+
+def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Options) -> Run:
+    clock, rule, num_threads = options.clock, options.rule, options.num_threads
+    if executor == "sequential":
+        circuit = undelayed(circuit)
+    feed = Feed(frames, circuit, prepare=options.prepare, clock=clock)
+    stats = RunStats(executor, num_threads, started_at_seconds=clock.now())
+    machines = [Machine(circuit, rule)]
+    outputs: Iterator[Output]
+    if executor == "inline":
+        outputs, stats.num_workers = _with_intra_op(inline(machines[0], feed, clock=clock), 1), 1
+    elif executor == "sequential":
+        outputs, stats.num_workers = _with_intra_op(inline(machines[0], feed, clock=clock), num_threads), 1
+    elif executor == "threads":
+        workers = stats.num_workers = min(num_threads, circuit.num_stages)
+        outputs = threads(machines[0], feed, clock=clock, num_workers=workers, max_in_flight=options.max_in_flight)
+    else:
+        machines, outputs = frame_parallel(circuit, rule, feed, clock=clock, num_workers=num_threads)
+    started = Run(outputs, feed, machines, stats)
+    started._clock = clock
+    return started
+
+
+def _with_intra_op(outputs: Iterator[Output], num_threads: int) -> Iterator[Output]:
+    """Let torch use ``num_threads`` inside each operator, only while an answer is being made."""
+    while True:
+        before = torch.get_num_threads()
+        torch.set_num_threads(num_threads)
+        try:
+            output = next(outputs, None)
+        finally:
+            torch.set_num_threads(before)
+        if output is None:
+            return
+        yield output
+
+
+class _Peeked:
+    """An iterable whose first item has been looked at; keeps the source's ``info`` in reach."""
+
+    def __init__(self, first: Any, rest: Iterator[Any], source: Any) -> None:
+        self._items = itertools.chain([first], rest)
+        self.info = getattr(source, "info", None)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._items
+
+
+def _peek(frames: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    rest = iter(frames)
+    first = next(rest, None)
+    return first, (frames if first is None else _Peeked(first, rest, frames))
+
+
+def _live_rate(frames: Iterable[Any]) -> float | None:
+    """Frame rate of a live source; None for a file, which wants throughput only."""
+    info = getattr(frames, "info", None)
+    return getattr(info, "frame_rate", None) if getattr(info, "is_live", False) else None
+
+
+def _arriving(items: Iterator[Any], clock: Clock) -> Iterator[Any]:
+    """Frames of a trial arrive when they are taken, so that their latency is that of the executor."""
+    import dataclasses
+
+    for item in items:
+        yield dataclasses.replace(item, arrived_at_seconds=clock.now()) if isinstance(item, Frame) else item

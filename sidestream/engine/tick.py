@@ -1,0 +1,172 @@
+"""The whole machine: cells joined by wires, and what happens when one of them fires.
+
+Every wire is a first-in first-out line. A wire with delay d starts with d tokens in it, so the k-th value that a
+stage reads from it is the one that was written d ticks earlier: that is all a delay is. A cell (one stage with its
+state) may fire when each of its lines holds a value: it takes one from each, works, and puts one on each line that
+leaves it. Which cell fires first makes no difference to any value (a Kahn process network), so an executor is free
+to fire cells from many threads as soon as they are ready; nothing waits for a tick to end.
+
+    frames -> feed() ->  ||lines||  -> fire(1) -> ||lines|| -> fire(2) ... -> ||lines|| -> collect() -> answers
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from torch.utils import _pytree as pytree
+
+from sidestream.circuit.ages import latency_ticks
+from sidestream.circuit.stage import NOTHING, SOURCE, Stage, State
+from sidestream.circuit.wire import Circuit, Wire
+from sidestream.types import Frame, Output
+
+
+class Message(NamedTuple):
+    """A value on a wire, with the oldest and newest frame that had a part in it."""
+
+    value: Any
+    oldest: int | None = None
+    newest: int | None = None
+    is_warm_up: bool = False
+
+
+SILENCE = Message(NOTHING)
+Line = deque[Message]
+
+
+def _initial(wire: Wire) -> Message:
+    return SILENCE if wire.initial is None else Message(wire.initial, is_warm_up=True)
+
+
+class Fed(NamedTuple):
+    """What the machine remembers of a frame until it is answered."""
+
+    index: int
+    pts_seconds: float
+    arrived_at_seconds: float
+    frame: Frame | None
+
+
+@dataclass(slots=True)
+class Cell:
+    """A stage at work: its lines in, its lines out, its state and its own count of ticks."""
+
+    number: int
+    stage: Stage
+    inbox: list[Line]
+    outbox: list[list[Line]]
+    period: int
+    phase: int
+    state: State = None
+    tick: int = 0
+    held: Sequence[Message] = ()
+    busy_seconds: float = 0.0
+    fed_back: dict[int, Message] = field(default_factory=dict)
+    """Per feedback input what it brought last: it holds that while its stage writes nothing."""
+
+    @property
+    def is_ready(self) -> bool:
+        return all(self.inbox)
+
+
+class Rule(Protocol):
+    """What one cell does in one tick: messages in (one per input), messages out (one per output)."""
+
+    def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]: ...
+
+
+@dataclass(slots=True)
+class Machine:
+    """A circuit at work under a rule. Not thread-safe by itself: one cell must not fire twice at once."""
+
+    circuit: Circuit
+    rule: Rule
+    cells: list[Cell] = field(init=False)
+    latency: int = field(init=False)
+    _source: list[list[Line]] = field(init=False)
+    _sink: list[Line] = field(init=False)
+    _fed: deque[Fed] = field(init=False, default_factory=deque)
+    _tick: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        K = self.circuit.num_stages
+        counts = [self.circuit.in_spec.num_leaves] + [s.num_outputs for s in self.circuit.stages]
+        outboxes: list[list[list[Line]]] = [[[] for _ in range(n)] for n in counts]
+        inboxes: list[list[Line]] = [[] for _ in range(K + 2)]
+        for number in range(1, K + 2):
+            for wire in self.circuit.wires_into(number):
+                line: Line = deque([_initial(wire)] * wire.delay)
+                inboxes[number].append(line)
+                outboxes[wire.source][wire.output].append(line)
+        self._source = outboxes[SOURCE]
+        self.latency = latency_ticks(self.circuit)
+        for number in range(1, K + 1):  # a stage that reads nothing still ticks with the source
+            if not inboxes[number]:
+                inboxes[number].append(deque([SILENCE] * self.latency))
+                self._source[0].append(inboxes[number][0])
+        self._sink = inboxes[K + 1]
+        self.cells = [self._cell(n, inboxes[n], outboxes[n]) for n in range(1, K + 1)]
+
+    def _cell(self, number: int, inbox: list[Line], outbox: list[list[Line]]) -> Cell:
+        stage = self.circuit.stages[number - 1]
+        back = {w.input: _initial(w) for w in self.circuit.wires_into(number) if w.is_feedback}
+        period, phase = self.circuit.periods[number - 1], self.circuit.phases[number - 1]
+        state = stage.init_state() if stage.init_state else None
+        return Cell(number, stage, inbox, outbox, period, phase, state, fed_back=back)
+
+    def feed(self, leaves: Sequence[Any], fed: Fed | None) -> None:
+        """Start a tick: one value per leaf of the model's input, or NOTHING for each when the stream has ended."""
+        index = fed.index if fed else None
+        for leaf, lines in zip(leaves, self._source, strict=True):
+            message = SILENCE if leaf is NOTHING else Message(leaf, index, index)
+            for line in lines:
+                line.append(message)
+        if fed is not None:
+            self._fed.append(fed)
+
+    def fire(self, cell: Cell) -> None:
+        """Let one ready cell do its work of one tick."""
+        messages = [line.popleft() for line in cell.inbox]
+        for n, held in cell.fed_back.items():
+            messages[n] = cell.fed_back[n] = held if messages[n].value is NOTHING else messages[n]
+        for lines, message in zip(cell.outbox, self.rule.fire(cell, messages), strict=True):
+            for line in lines:
+                line.append(message)
+        cell.tick += 1
+
+    @property
+    def silence(self) -> list[Any]:
+        """What to feed in a tick without a frame."""
+        return [NOTHING] * len(self._source)
+
+    @property
+    def can_collect(self) -> bool:
+        return all(self._sink)
+
+    def collect(self, now_seconds: float) -> tuple[bool, Output | None]:
+        """End a tick at the sink: whether it ends the wait of some frame, and the answer if there is one."""
+        messages = [line.popleft() for line in self._sink]
+        tick, self._tick = self._tick, self._tick + 1
+        if tick < self.latency or not self._fed:
+            return False, None
+        fed = self._fed.popleft()
+        if any(m.value is NOTHING for m in messages):
+            return True, None
+        oldest = min((m.oldest for m in messages if m.oldest is not None), default=fed.index)
+        newest = max((m.newest for m in messages if m.newest is not None), default=fed.index)
+        return True, Output(
+            value=pytree.tree_unflatten([m.value for m in messages], self.circuit.out_spec),
+            frame_index=fed.index,
+            oldest_frame_index=oldest,
+            newest_frame_index=newest,
+            pts_seconds=fed.pts_seconds,
+            tick=tick,
+            age_ticks=self.latency,
+            is_warm_up=any(m.is_warm_up for m in messages),
+            arrived_at_seconds=fed.arrived_at_seconds,
+            made_at_seconds=now_seconds,
+            frame=fed.frame,
+        )
