@@ -1,0 +1,100 @@
+"""Sidestream: deep video models on streams.
+
+Cut any PyTorch model by depth, run its stages in parallel, each on a different frame. The names below are loaded
+when first used, so that ``import sidestream`` is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sidestream.circuit.chart import chart, chart_png
+    from sidestream.circuit.cut import cut
+    from sidestream.circuit.forecast import forecast
+    from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, with_feedback, with_periods
+    from sidestream.engine.backends import available_backends, compile_stages
+    from sidestream.engine.rules.forward import Forward
+    from sidestream.engine.run import run
+    from sidestream.engine.tune import tune
+    from sidestream.errors import InputError, SidestreamError
+    from sidestream.models import create_model, list_models
+    from sidestream.types import Clip, Frame, InputSpec, Output
+    from sidestream.video import overlay, prepare, read, stream, write
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Clip": "types",
+    "Forward": "engine.rules.forward",
+    "Frame": "types",
+    "InputError": "errors",
+    "InputSpec": "types",
+    "Output": "types",
+    "SidestreamError": "errors",
+    "available_backends": "engine.backends",
+    "chart": "circuit.chart",
+    "chart_png": "circuit.chart",
+    "compile_stages": "engine.backends",
+    "create_model": "models",
+    "cut": "circuit.cut",
+    "forecast": "circuit.forecast",
+    "list_models": "models",
+    "overlay": "video",
+    "parallel": "circuit.wiring",
+    "pipelined": "circuit.wiring",
+    "prepare": "video",
+    "read": "video",
+    "run": "engine.run",
+    "semi_parallel": "circuit.wiring",
+    "sequential": "circuit.wiring",
+    "stream": "video",
+    "tune": "engine.tune",
+    "with_feedback": "circuit.wiring",
+    "with_periods": "circuit.wiring",
+    "write": "video",
+}
+
+__all__ = [
+    "Clip",
+    "Forward",
+    "Frame",
+    "InputError",
+    "InputSpec",
+    "Output",
+    "SidestreamError",
+    "available_backends",
+    "chart",
+    "chart_png",
+    "compile_stages",
+    "create_model",
+    "cut",
+    "forecast",
+    "list_models",
+    "overlay",
+    "parallel",
+    "pipelined",
+    "prepare",
+    "read",
+    "run",
+    "semi_parallel",
+    "sequential",
+    "stream",
+    "tune",
+    "with_feedback",
+    "with_periods",
+    "write",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sidestream' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"sidestream.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,17 +1,17 @@
 """The exception tree. Every message says what was given, what was expected and what to do.
 
-    SidestreamError
-    +-- InputError            something the user gave is wrong; the command line ends with exit code 2
-    |   +-- SourceError       a video source cannot be opened, or holds no frame
-    |   +-- LayoutError       a tensor has the wrong axes, size, type or range
-    |   +-- ModelError        unknown model, or an option the model does not know
-    |   +-- WeightsError      a weights file is missing, unreadable, or does not fit the model
-    |   +-- CutError          a model cannot be cut as asked
-    |   +-- CircuitError      wires, delays or periods that cannot work
-    |   +-- BackendError      a back end cannot run a stage, or is not there
-    |   +-- MissingExtraError an optional package is not installed
-    +-- StageError            a stage failed while it worked on a frame
-    +-- WriteError            an output file cannot be written
+SidestreamError
++-- InputError            something the user gave is wrong; the command line ends with exit code 2
+|   +-- SourceError       a video source cannot be opened, or holds no frame
+|   +-- LayoutError       a tensor has the wrong axes, size, type or range
+|   +-- ModelError        unknown model, or an option the model does not know
+|   +-- WeightsError      a weights file is missing, unreadable, or does not fit the model
+|   +-- CutError          a model cannot be cut as asked
+|   +-- CircuitError      wires, delays or periods that cannot work
+|   +-- BackendError      a back end cannot run a stage, or is not there
+|   +-- MissingExtraError an optional package is not installed
++-- StageError            a stage failed while it worked on a frame
++-- WriteError            an output file cannot be written
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class MissingExtraError(InputError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package, self.extra = package, extra
         super().__init__(
             f"{purpose} needs the package {package!r}, which is not installed; "
             f"install it with: pip install 'sidestream[{extra}]'"

@@ -18,6 +18,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class _Nothing:
+    """The message of a tick in which nothing was written: a stage or layer swallowed its input. There is only one."""
+
+    def __repr__(self) -> str:
+        return "NOTHING"
+
+    def __reduce__(self) -> str:
+        return "NOTHING"  # copies and pickles are the one itself
+
+
+NOTHING = _Nothing()
+"""A legal answer of any stage and of any layer's step: there is none in this tick. Compare with ``is``."""
+
+
 @dataclass(frozen=True, slots=True)
 class Truth:
     """What is really in a synthetic frame: N objects, each with a class, a box, a mask and P keypoints."""

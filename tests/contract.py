@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from sidestream.circuit.ages import information_latency_ticks, latency_ticks
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.wire import Circuit
 from sidestream.engine.run import run
-from sidestream.types import Output
+from sidestream.nn.steppable import Steppable
+from sidestream.types import NOTHING, Output
 
 
 def assert_equal(actual: Any, expected: Any, what: str = "value") -> None:
@@ -69,3 +70,136 @@ def check_executor(executor: str, circuit: Circuit, frames: Sequence[Any], **opt
         assert a.is_warm_up == e.is_warm_up
         assert is_shifted or (a.tick, a.age_ticks) == (e.tick, e.age_ticks)
     return actual
+
+
+def check_streaming_layer(
+    layer: Steppable,
+    clip_BTCHW: torch.Tensor,
+    *,
+    is_causal: bool = True,
+    receptive_field: float | Collection[int] | None = None,
+) -> None:
+    """A streaming layer's sentence: clip form == step form, in value and in the gradient of the input and of every
+    parameter; causal; receptive field as promised; streams apart; old states valid; stopped and resumed == never.
+
+    ``receptive_field``: frames that an answer sees, back from the newest that it may see: their number (infinity: all
+    so far), or their ages where there are gaps. None: not looked at. ``clip_BTCHW``: float64, two streams or more.
+    """
+    clip_BTCHW = clip_BTCHW.detach()
+    assert is_causal == (layer.delay_ticks == 0), f"delay_ticks is {layer.delay_ticks}"
+    _check_forms_agree(layer, clip_BTCHW)
+    _check_poison(layer, clip_BTCHW, receptive_field)
+    _check_streams_apart(layer, clip_BTCHW)
+    _check_states(layer, clip_BTCHW)
+
+
+def _step_all(layer: Steppable, clip_BTCHW: torch.Tensor, state: Any) -> tuple[list[torch.Tensor], list[int], Any]:
+    """Answers of the steps, the step of each, the state after the last."""
+    answers, ticks = [], []
+    for tick, frame_BCHW in enumerate(clip_BTCHW.unbind(1)):
+        answer, state = layer.step(frame_BCHW, state)
+        if answer is not NOTHING:
+            answers.append(answer)
+            ticks.append(tick)
+    return answers, ticks, state
+
+
+def _whole_stream(layer: Steppable, clip_BTCHW: torch.Tensor) -> torch.Tensor:
+    """The step form from the first frame to the end of the stream, every answer in the tick that was promised."""
+    answers, ticks, state = _step_all(layer, clip_BTCHW, layer.init_state(clip_BTCHW[:, 0]))
+    num_frames = clip_BTCHW.shape[1]
+    assert ticks == list(range(layer.delay_ticks, num_frames, layer.period_ticks))[: len(ticks)], f"answers in {ticks}"
+    late = layer.finish(state)
+    assert len(ticks) == len(range(layer.delay_ticks, num_frames, layer.period_ticks)), f"answers only in {ticks}"
+    return torch.stack([*answers, *late], dim=1)
+
+
+def _check_forms_agree(layer: Steppable, clip_BTCHW: torch.Tensor) -> None:
+    names = ["answers", "clip", *(name for name, _ in layer.named_parameters())]
+    results = []
+    for form in (layer, lambda c: _whole_stream(layer, c)):
+        given = clip_BTCHW.clone().requires_grad_()
+        answers = form(given)
+        weights = torch.rand(answers.shape, generator=torch.Generator().manual_seed(5), dtype=answers.dtype)
+        gradients = torch.autograd.grad((answers * weights).sum(), [given, *layer.parameters()])
+        results.append((answers.detach(), *gradients))
+    for name, by_clip, by_step in zip(names, *results, strict=True):
+        assert by_clip.any(), f"{name}: nothing but zeros, so there is nothing to compare"
+        # float64 sums in another order: convolutions over one frame and over many choose their own
+        torch.testing.assert_close(by_step, by_clip, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    blank = layer.blank(clip_BTCHW[:, 0])
+    assert (blank.shape, blank.dtype) == (results[0][0][:, 0].shape, results[0][0].dtype)
+
+
+def _check_poison(layer: Steppable, clip_BTCHW: torch.Tensor, field: float | Collection[int] | None) -> None:
+    """NaN in one frame reaches exactly the answers that may see it; NaN in all later frames none of the earlier."""
+    num_frames, nan = clip_BTCHW.shape[1], float("nan")
+    with torch.no_grad():
+        sound = layer(clip_BTCHW)
+        newest = [n * layer.period_ticks + layer.delay_ticks for n in range(sound.shape[1])]
+        for t in range(num_frames):
+            poisoned = clip_BTCHW.clone()
+            poisoned[:, t:] = nan
+            early = [n for n, tick in enumerate(newest) if tick < t]
+            assert_equal(layer(poisoned)[:, early], sound[:, early], f"with frames from {t} on poisoned, answers")
+            poisoned = clip_BTCHW.clone()
+            poisoned[:, t] = nan
+            answers, ages = layer(poisoned), [tick - t for tick in newest]
+            torch.testing.assert_close(_whole_stream(layer, poisoned), answers, rtol=1e-10, atol=1e-12, equal_nan=True)
+            for n, age in enumerate(ages if field is not None else ()):
+                sees = age >= 0 and (age in field if isinstance(field, Collection) else age < field)
+                if sees and newest[n] >= num_frames:
+                    continue  # given by finish: a stride may have cut off the last frames
+                if sees:
+                    assert answers[:, n].isnan().flatten(1).any(1).all(), f"answer {n} does not feel frame {t}"
+                else:
+                    assert_equal(answers[:, n], sound[:, n], f"with frame {t} poisoned, answer {n}")
+
+
+def _check_streams_apart(layer: Steppable, clip_BTCHW: torch.Tensor) -> None:
+    """Garbage in the other rows of a batch does not reach a row."""
+    with torch.no_grad():
+        for form in (layer, lambda c: _whole_stream(layer, c)):
+            sound = form(clip_BTCHW)
+            for row in range(clip_BTCHW.shape[0]):
+                garbage = torch.full_like(clip_BTCHW, float("nan"))
+                garbage[row] = clip_BTCHW[row]
+                torch.testing.assert_close(form(garbage)[row], sound[row], rtol=1e-10, atol=1e-12)
+
+
+def _check_states(layer: Steppable, clip_BTCHW: torch.Tensor) -> None:
+    """Stopped at any frame and resumed, also from a copy of the state: the same to the bit. States never change."""
+    num_frames, start = clip_BTCHW.shape[1], layer.init_state(clip_BTCHW[:, 0])
+    with torch.no_grad():
+        states, answers = [start], []
+        for frame_BCHW in clip_BTCHW.unbind(1):
+            answer, state = layer.step(frame_BCHW, states[-1])
+            states.append(state)
+            answers.append(answer)
+        late = layer.finish(states[-1])
+        before = [_copied(state) for state in states]
+        for t in range(num_frames):
+            for state in (states[t], _copied(states[t])):
+                again, state = layer.step(clip_BTCHW[:, t], state)
+                assert_equal(again, answers[t], f"frame {t}, resumed")
+                assert_equal(state, before[t + 1], f"state after frame {t}, resumed")
+            _spoil(layer, clip_BTCHW[:, t], states[t], before[t + 1])
+        assert_equal(layer.finish(_copied(states[-1])), late, "finish")
+        assert_equal(layer.finish(states[-1]), late, "finish, asked again")
+        assert_equal(states, before, "old states")
+
+
+def _spoil(layer: Steppable, frame_BCHW: torch.Tensor, state: Any, expected: Any) -> None:
+    """Work in place on a frame after its step, and on its answer: no state feels it."""
+    frame_BCHW = frame_BCHW.clone()
+    kept = frame_BCHW.clone()
+    answer, state = layer.step(frame_BCHW, state)
+    assert_equal(frame_BCHW, kept, "the frame after its step")
+    frame_BCHW.fill_(7.0)
+    if answer is not NOTHING:
+        answer.fill_(7.0)
+    assert_equal(state, expected, "state after its frame and answer were written over")
+
+
+def _copied(state: Any) -> Any:
+    return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, torch.Tensor) else x, state)

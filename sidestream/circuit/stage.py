@@ -14,21 +14,12 @@ from typing import Any
 from torch.utils import _pytree as pytree
 
 from sidestream.errors import CircuitError, LayoutError
+from sidestream.types import NOTHING as NOTHING  # a legal output of any stage
 
 Values = tuple[Any, ...]
 """Flat values, one per input or output of a stage; mostly tensors."""
 State = Any
 """Whatever a stage carries from one tick to the next; None for a stage without memory."""
-
-
-class _Nothing:
-    """The message of a tick in which nothing was written: a legal output of any stage (it swallowed its input)."""
-
-    def __repr__(self) -> str:
-        return "NOTHING"
-
-
-NOTHING = _Nothing()
 SOURCE = 0
 """The number of the frame source; stages are numbered 1..K, the sink (the circuit's answer) is K + 1."""
 

@@ -48,7 +48,7 @@ def choose(
     """
     excluded = why_not_frame_parallel(circuit)
     names = [name for name in CANDIDATES if name != "frame-parallel" or excluded is None]
-    trials = tuple(_measure(name, item, try_run, seconds / len(names)) for name in names)
+    trials = tuple(measure(name, item, try_run, seconds / len(names)) for name in names)
     best, why = pick(trials, frame_rate)
     note = "" if excluded is None else f"; frame-parallel left out: {excluded}"
     return Choice(best.executor, f"{why}{note}", trials)
@@ -68,8 +68,8 @@ def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, st
     return best, f"{goal} ({measured})"
 
 
-def _measure(executor: str, item: Any, try_run: Callable[[str, Iterator[Any]], Iterator[Any]], seconds: float) -> Trial:
-    """Warm up for a quarter of the time (two answers at least), then count for the rest."""
+def measure(executor: str, item: Any, try_run: Callable[[str, Iterator[Any]], Iterator[Any]], seconds: float) -> Trial:
+    """Run ``executor`` on the same item over and over: warm up for a quarter of the time, then count for the rest."""
     outputs = try_run(executor, itertools.repeat(item))
     _until(outputs, time.perf_counter() + 0.25 * seconds, at_least=2)
     started = time.perf_counter()

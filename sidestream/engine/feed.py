@@ -77,7 +77,7 @@ class Feed:
         if self._prepare is None:
             return frame.image_BCHW
         if isinstance(self._prepare, InputSpec):
-            from sidestream.video.transform import prepare
+            from sidestream.video.prepare import prepare
 
             return prepare(frame, self._prepare)
         with torch.inference_mode():

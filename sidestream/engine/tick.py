@@ -44,7 +44,7 @@ def _initial(wire: Wire) -> Message:
 class Fed(NamedTuple):
     """What the machine remembers of a frame until it is answered."""
 
-    index: int
+    frame_index: int
     pts_seconds: float
     arrived_at_seconds: float
     frame: Frame | None
@@ -119,7 +119,7 @@ class Machine:
 
     def feed(self, leaves: Sequence[Any], fed: Fed | None) -> None:
         """Start a tick: one value per leaf of the model's input, or NOTHING for each when the stream has ended."""
-        index = fed.index if fed else None
+        index = fed.frame_index if fed else None
         for leaf, lines in zip(leaves, self._source, strict=True):
             message = SILENCE if leaf is NOTHING else Message(leaf, index, index)
             for line in lines:
@@ -155,11 +155,11 @@ class Machine:
         fed = self._fed.popleft()
         if any(m.value is NOTHING for m in messages):
             return True, None
-        oldest = min((m.oldest for m in messages if m.oldest is not None), default=fed.index)
-        newest = max((m.newest for m in messages if m.newest is not None), default=fed.index)
+        oldest = min((m.oldest for m in messages if m.oldest is not None), default=fed.frame_index)
+        newest = max((m.newest for m in messages if m.newest is not None), default=fed.frame_index)
         return True, Output(
             value=pytree.tree_unflatten([m.value for m in messages], self.circuit.out_spec),
-            frame_index=fed.index,
+            frame_index=fed.frame_index,
             oldest_frame_index=oldest,
             newest_frame_index=newest,
             pts_seconds=fed.pts_seconds,

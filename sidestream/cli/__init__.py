@@ -1,0 +1,57 @@
+"""The command line: each verb is a public function, its flags are the function's parameters.
+
+Exit codes: 0 done, 1 a stage failed while running, 2 wrong input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sidestream.errors import InputError, SidestreamError, WriteError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the ``sidestream`` command; returns the exit code."""
+    import tyro
+
+    from sidestream.cli.bench import bench
+    from sidestream.cli.chart import chart
+    from sidestream.cli.demo import demo
+    from sidestream.cli.doctor import doctor
+    from sidestream.cli.models import models
+    from sidestream.cli.run import run
+
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    verbs: dict[str, Callable[..., Any]] = {
+        "run": run,
+        "bench": bench,
+        "chart": chart,
+        "models": models,
+        "demo": demo,
+        "doctor": doctor,
+    }
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            verbs,
+            prog="sidestream",
+            description="Deep video models on streams: stages in parallel, each on a different frame.",
+            args=argv,
+        )
+    except (InputError, WriteError) as error:
+        return _fail(error, 2)
+    except SidestreamError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("sidestream: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read our output has gone
+        return 0
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"sidestream: {' '.join(str(error).split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,108 @@
+"""``sidestream demo``: a clip, a real model, frame by frame and pipelined in real time; video, chart and table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sidestream.cli.plan import ModelFlags, Plan, make_plan
+from sidestream.cli.run import Job
+from sidestream.errors import MissingExtraError
+
+
+def demo(
+    source: str | None = None,
+    out: Path = Path("demo_out"),
+    model: str = "efficientnet_lite0",
+    seconds: float = 8.0,
+    stages: str = "4",
+    backend: str = "eager",
+) -> int:
+    """Run a model on a clip twice at the camera's rate, frame by frame and pipelined, and compare.
+
+    Args:
+        source: a video; default: a synthetic clip that is made first.
+        out: folder for the clip, the annotated videos, the chart and the table.
+        model: a frame model from `sidestream models`.
+        seconds: length of the synthetic clip.
+        stages: number of stages.
+        backend: what runs a stage: eager, onnxruntime, openvino.
+    """
+    from rich.console import Console
+
+    from sidestream.circuit.chart import chart, chart_png
+    from sidestream.circuit.forecast import forecast
+    from sidestream.engine.run import num_cores
+    from sidestream.report.record import write_text
+    from sidestream.report.table import markdown_table
+
+    console = Console()
+    out.mkdir(parents=True, exist_ok=True)
+    clip = Path(source) if source else _make_clip(out / "clip.mp4", seconds)
+    plan, weights = _plan(ModelFlags(model, stages=stages, executor="threads", backend=backend))
+    console.print(f"{model} with {weights} weights, {plan.circuit.num_stages} stages, back end {backend}")
+    console.print(chart(plan.circuit, num_ticks=8), highlight=False, markup=False)
+    console.print(str(forecast(plan.circuit, num_workers=num_cores())), highlight=False, markup=False)
+    rows = []
+    for name, executor in (("frame by frame, 1 thread", "inline"), ("pipelined", "threads")):
+        job = _play(plan, clip, executor, out / f"{executor}.mp4", banner=name)
+        if job.was_interrupted:
+            return 130
+        rows.append(_row(name, job.summary(name)))
+    table = markdown_table(HEADER, rows)
+    console.print(table, highlight=False, markup=False)
+    write_text(out / "table.md", table)
+    made = [clip, out / "inline.mp4", out / "threads.mp4", out / "table.md"]
+    try:
+        made.append(chart_png(plan.circuit, out / "chart.png"))
+    except MissingExtraError as error:
+        console.print(f"no chart.png: {error}", markup=False)
+    console.print("look at:\n" + "\n".join(f"  {path}" for path in made), highlight=False, markup=False)
+    return 0
+
+
+HEADER = ("real time", "frames in", "answered", "dropped", "frames/s", "latency p50 ms", "latency p95 ms")
+
+
+def _make_clip(path: Path, seconds: float) -> Path:
+    """Moving shapes with sound, 640 x 480 at 30 frames/s."""
+    from sidestream.video import SyntheticVideo, write
+
+    video = SyntheticVideo(seed=7, num_frames=round(30 * seconds), size_px=(480, 640), frame_rate=30.0)
+    write(path, (video.frame(n) for n in range(round(30 * seconds))), frame_rate=30.0, sound=video.sound(0.0, seconds))
+    return path
+
+
+def _plan(flags: ModelFlags) -> tuple[Plan, str]:
+    """The plan with real weights, or with random ones where the package that ships them is not installed."""
+    from dataclasses import replace
+
+    try:
+        return make_plan(flags), "real ImageNet"
+    except MissingExtraError as error:
+        if error.extra != "demo-weights":
+            raise
+        return make_plan(replace(flags, weights="random")), "random (install sidestream[demo-weights] for real ones)"
+
+
+def _play(plan: Plan, clip: Path, executor: str, out: Path, *, banner: str) -> Job:
+    from sidestream.clock import WallClock
+    from sidestream.engine import run
+    from sidestream.engine.executors.frame_parallel import undelayed
+    from sidestream.video import stream
+
+    clock = WallClock()
+    circuit = undelayed(plan.circuit) if executor == "inline" else plan.circuit
+    with stream(clip, real_time=True, clock=clock) as frames:
+        running: Any = run(circuit, frames, executor=executor, prepare=plan.input_spec, clock=clock)
+        job = Job(plan, frames, running, top_k=3, banner=banner)
+        job.work(out, None)
+    return job
+
+
+def _row(name: str, summary: Any) -> list[object]:
+    from sidestream.report.measure import percentiles
+
+    p50, p95 = (1e3 * v for v in percentiles(summary.latencies_seconds, (50, 95)))
+    counts = [summary.num_frames_in, summary.num_answered, summary.num_dropped]
+    return [name, *counts, summary.frames_per_second, p50, p95]

@@ -1,0 +1,112 @@
+"""From the flags of a command to a circuit that is ready to run: model, cut, back end, wiring, executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sidestream.circuit.wire import Circuit
+from sidestream.errors import InputError, ModelError
+from sidestream.types import InputSpec
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how it is cut and run."""
+
+    model: str
+    weights: str = "default"
+    labels: Path | None = None
+    num_classes: int | None = None
+    stages: str = "auto"
+    cut: tuple[str, ...] = ()
+    wiring: str = "pipelined"
+    executor: str = "auto"
+    backend: str = "eager"
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A circuit ready to run, and what the closing table says of it."""
+
+    circuit: Circuit
+    executor: str
+    backend: str
+    labels: tuple[str, ...] | None
+    note: str = ""
+    input_spec: InputSpec = field(default_factory=InputSpec)
+
+
+def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress: Any = None) -> Plan:
+    """Load, cut, convert and wire; with an automatic executor or back end, measure and pick.
+
+    ``frame_rate``: of a live source, for which latency counts; None where only throughput does.
+    """
+    import torch
+
+    from sidestream.circuit.cut import cut
+    from sidestream.circuit.wiring import wire
+    from sidestream.engine import EXECUTORS
+    from sidestream.engine.backends import BACKENDS, compile_stages
+    from sidestream.engine.tune import tune
+
+    _one_of("executor", flags.executor, EXECUTORS)
+    _one_of("backend", flags.backend, (*BACKENDS, "auto"))
+    num_stages = parse_num_stages(flags.stages)
+    say = on_progress or (lambda text: None)
+    say(f"loading {flags.model}")
+    model, labels, spec = load_model(flags)
+    example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
+    name = flags.model.rpartition("/")[2]
+    if flags.backend == "auto" or (flags.executor == "auto" and flags.wiring == "pipelined" and not flags.cut):
+        _check_free_to_choose(flags)
+        tuned = tune(
+            model, example, num_stages=num_stages, backends=flags.backend, frame_rate=frame_rate, on_progress=say
+        )
+        circuit = tuned.circuit.replace(name=name, input_spec=spec)
+        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec)
+    say(f"cutting {flags.model}")
+    stages = cut(model, example, num_stages=num_stages, cut=flags.cut or None, name=name, input_spec=spec)
+    say(f"{flags.backend}: {len(stages)} stages")
+    stages = compile_stages(stages, flags.backend)
+    return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec)
+
+
+def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:
+    """The model, its labels and its input spec; refuses models that read clips."""
+    from sidestream.models import create_model, info_of
+
+    model = create_model(
+        flags.model,
+        num_classes=flags.num_classes,
+        weights=None if flags.weights == "random" else flags.weights,
+        labels=flags.labels,
+    )
+    info = info_of(model)
+    if info is None or info.input_spec.layout != "BCHW":
+        raise ModelError(f"{flags.model} reads clips, not frames; this command runs frame models on a stream")
+    return model, info.labels, info.input_spec
+
+
+def parse_num_stages(text: str) -> int | str:
+    """The flag ``--stages``: a number from 1 on, or "auto"."""
+    if text == "auto":
+        return text
+    if text.isdigit() and int(text) > 0:
+        return int(text)
+    raise InputError(f"--stages {text!r}; expected a number from 1 on, or auto")
+
+
+def _one_of(flag: str, given: str, known: Any) -> None:
+    if given not in known:
+        raise InputError(f"unknown {flag} {given!r}; expected one of {', '.join(known)}")
+
+
+def _check_free_to_choose(flags: ModelFlags) -> None:
+    if flags.backend == "auto" and (flags.cut or flags.wiring != "pipelined" or flags.executor != "auto"):
+        raise InputError(
+            "--backend auto measures and picks executor and cut too; leave out --cut, --wiring and --executor, "
+            "or name the back end"
+        )

@@ -1,0 +1,218 @@
+"""``sidestream run``: a model on a stream, stages in parallel; answers, an annotated video and honest timings."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sidestream.cli.plan import ModelFlags, Plan, make_plan
+from sidestream.errors import InputError, SidestreamError
+
+
+def run(
+    source: Annotated[str, tyro.conf.Positional],
+    model: str = "efficientnet_lite0",
+    weights: str = "default",
+    labels: Path | None = None,
+    stages: str = "auto",
+    cut: tuple[str, ...] = (),
+    wiring: str = "pipelined",
+    executor: str = "auto",
+    backend: str = "eager",
+    real_time: bool = False,
+    policy: str | None = None,
+    out: Path | None = None,
+    json: Path | None = None,
+    top_k: int = 5,
+    threads: int | None = None,
+    max_frames: int | None = None,
+    frame_rate: float | None = None,
+    num_classes: int | None = None,
+) -> int:
+    """Run a model on a video stream: one answer per frame.
+
+    Args:
+        source: a video file, a folder of images, camera[:N], a network address (rtsp, http, udp, tcp), or synthetic.
+        model: a name from `sidestream models` (torchvision and timm names work).
+        weights: default (the library's own), random, or a local .safetensors / .pt file.
+        labels: file with one label per line, or a JSON list.
+        stages: number of stages that the model is cut into, or auto.
+        cut: dotted names of modules at which stages begin, instead of a balanced cut.
+        wiring: sequential, pipelined, parallel, or semi-parallel:G.
+        executor: auto, threads, sequential, frame-parallel, or inline.
+        backend: what runs a stage: eager, inductor, onnxruntime, openvino, or auto.
+        real_time: replay a file at its own frame rate, as if live.
+        policy: which frames a slow model misses: newest, lossless, or bounded:N.
+        out: annotated video to write (.mp4, .mkv, .mov, .webm).
+        json: answers to write, one JSON object per line.
+        top_k: classes per answer.
+        threads: worker threads (default: all cores).
+        max_frames: stop after so many frames.
+        frame_rate: frames per second of a folder, the synthetic source or a camera.
+        num_classes: classes of the model's head, where they are not the library's.
+    """
+    from sidestream.clock import WallClock
+    from sidestream.engine import run as run_circuit
+    from sidestream.video import stream
+
+    if top_k < 1:
+        raise InputError(f"--top-k {top_k}; expected 1 or more")
+    clock = WallClock()
+    frames = stream(
+        source, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate
+    )
+    with frames:
+        flags = ModelFlags(model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads)
+        live_rate = frames.info.frame_rate if frames.info.is_live or real_time else None
+        with _status() as say:
+            plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
+        running = run_circuit(
+            plan.circuit,
+            frames,
+            executor=plan.executor,
+            prepare=plan.input_spec,
+            num_threads=threads,
+            clock=clock,
+        )
+        job = Job(plan, frames, running, top_k=top_k)
+        job.work(out, json)
+        job.report(f"{model} on {source}")
+        return 130 if job.was_interrupted else 0
+
+
+@dataclass
+class Job:
+    """One run of the command: the loop over the answers, what it writes, and the closing table."""
+
+    plan: Plan
+    frames: Any
+    running: Any
+    top_k: int = 5
+    was_interrupted: bool = False
+    failure: SidestreamError | None = field(default=None)
+    banner: str | None = None
+
+    def work(self, out: Path | None, json: Path | None) -> None:
+        """Answer every frame. What was answered is kept when a later frame fails; nothing is left when none was."""
+        with contextlib.ExitStack() as files, self._stop_on_interrupt():
+            add = self._open(files, out, json)
+            with self.running, _progress(self.frames) as advance:
+                try:
+                    for output in self.running:
+                        add(output)
+                        advance()
+                except SidestreamError as error:
+                    if self.running.stats.num_answered == 0:
+                        raise
+                    self.failure = error
+        if self.failure is not None:
+            raise self.failure
+
+    def _open(self, files: contextlib.ExitStack, out: Path | None, json: Path | None) -> Callable[[Any], None]:
+        from sidestream.cli.answers import answer_lines, answer_record, top_classes
+        from sidestream.report.record import json_lines
+        from sidestream.video import VideoWriter, overlay
+
+        write = files.enter_context(json_lines(json)) if json else None
+        video = files.enter_context(VideoWriter(out, frame_rate=self.frames.info.frame_rate or 25.0)) if out else None
+
+        def add(output: Any) -> None:
+            top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
+            if write:
+                write(answer_record(output, top))
+            if video:
+                timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
+                video.add(overlay(output.frame, labels=answer_lines(top), timing=timing, banner=self.banner))
+
+        return add
+
+    @contextlib.contextmanager
+    def _stop_on_interrupt(self) -> Iterator[None]:
+        """First Ctrl-C: take no more frames, answer those in flight, finish the files. Second: at once."""
+
+        def stop(number: int, stack: Any) -> None:
+            self.was_interrupted = True
+            self.running.stop()
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+        try:
+            before = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not in the main thread: there is no Ctrl-C to catch
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def summary(self, title: str) -> Any:
+        """The figures of the closing table."""
+        from sidestream.report.measure import peak_rss_bytes
+        from sidestream.report.table import RunSummary
+
+        stats, source = self.running.stats, self.frames.stats
+        names = [f"{n} {s.name}" for n, s in enumerate(self.plan.circuit.stages, start=1)]
+        return RunSummary(
+            num_frames_in=source.num_frames + source.num_dropped,
+            num_answered=stats.num_answered,
+            num_dropped=source.num_dropped,
+            wall_seconds=stats.elapsed_seconds,
+            latencies_seconds=tuple(stats.latencies_seconds),
+            peak_memory_bytes=peak_rss_bytes(),
+            busy_shares=dict(zip(names, stats.busy_shares, strict=False)),
+            title=title,
+        )
+
+    def report(self, title: str) -> None:
+        """Print the closing table, what was picked and why, and what was lost on the way."""
+        from rich.console import Console
+
+        from sidestream.report.table import summary_table
+
+        console = Console()
+        circuit, stats = self.plan.circuit, self.running.stats
+        how = f"{circuit.num_stages} stages, {circuit.wiring}, {stats.executor}, {self.plan.backend}"
+        console.print(summary_table(self.summary(f"{title}: {how}")))
+        choice = self.running.choice
+        if reason := self.plan.note or (choice.reason if choice else ""):
+            console.print(f"picked: {reason}", highlight=False, markup=False)
+        source = self.frames.stats
+        if source.num_corrupt_packets:
+            console.print(f"{source.num_corrupt_packets} corrupt packets were skipped")
+        if source.num_reconnects:
+            console.print(f"the source dropped out {source.num_reconnects} times")
+
+
+@contextlib.contextmanager
+def _status() -> Iterator[Callable[[str], None]]:
+    """A spinner that says what is being prepared (silent where the output is no terminal)."""
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update
+
+
+@contextlib.contextmanager
+def _progress(frames: Any) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    rate, duration = frames.info.frame_rate, frames.info.duration_seconds
+    total = round(rate * duration) if rate and duration else None
+    columns = (TextColumn("frames"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("frames", total=total)
+        yield lambda: progress.advance(task)

@@ -1,0 +1,148 @@
+"""Models by name: find the library, make the model, load its weights, remember what it wants to be fed."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Protocol, cast
+
+from torch import nn
+
+from sidestream.errors import InputError, ModelError, WeightsError
+from sidestream.models.info import ModelInfo, attach_info
+from sidestream.models.labels import read_labels
+from sidestream.models.weights import KeyMap, load_weights
+
+FilePath = str | os.PathLike[str]
+
+
+class Library(Protocol):
+    """A module of this folder that knows models by their names inside one library."""
+
+    def names(self) -> list[str]: ...
+
+    def info(self, name: str) -> ModelInfo: ...
+
+    def build(self, name: str, num_classes: int | None) -> nn.Module:
+        """With fresh random weights."""
+        ...
+
+    def build_default(self, name: str) -> nn.Module:
+        """With the weights that the library offers for it."""
+        ...
+
+    def key_map(self, name: str) -> KeyMap:
+        """For weights files whose keys are not the model's own."""
+        ...
+
+
+# In the order in which a bare name is looked up. A new family is a new module and a line here.
+LIBRARIES = {"sidestream": "efficientnet_lite", "torchvision": "torchvision_zoo", "timm": "timm_zoo"}
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    weights: FilePath | None = None,
+    labels: FilePath | Sequence[str] | None = None,
+) -> nn.Module:
+    """A model in eval mode, with its ``ModelInfo`` attached (``input_spec_of``, ``labels_of``).
+
+    ``name`` is ``library/model`` or a bare name, looked up in Sidestream, torchvision, timm. Frame models read
+    ``frame_BCHW``, clip models ``clip_BTCHW``, both normalised as their input spec says.
+    ``num_classes``: another number of classes than the library's (a fresh head).
+    ``weights``: None for random ones, "default" for the library's own (from its hub, or a package), or the path of a
+    ``.safetensors`` / ``.pt`` / ``.pth`` file; always strict.
+    ``labels``: one per class, or the path of a file (``read_labels``); None for those that belong to the model.
+
+    Raises ``ModelError`` for an unknown name, ``WeightsError`` for weights that cannot be had or do not fit.
+    """
+    library, inner = _resolve(name)
+    if num_classes is not None and num_classes < 1:
+        raise ModelError(f"{num_classes=} was given for {name!r}; expected 1 or more, or None for the model's own")
+    info = library.info(inner)
+    names = labels if labels is None or not isinstance(labels, str | os.PathLike) else read_labels(labels)
+    wanted = info.with_classes(num_classes, None if names is None else tuple(names))
+    if weights == "default":
+        model = _with_default_weights(library, inner, info, wanted.num_classes)
+    else:
+        model = library.build(inner, num_classes)
+        if weights is not None:
+            load_weights(model, weights, key_map=library.key_map(inner))
+    return attach_info(model.eval(), wanted)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Full names that match ``pattern`` (as in a shell: ``"*vit*"``, ``"timm/*"``), with or without the library."""
+    found = []
+    for prefix in LIBRARIES:
+        for inner in _library(prefix).names():
+            full = _full(prefix, inner)
+            if fnmatchcase(full, pattern) or fnmatchcase(inner, pattern):
+                found.append(full)
+    return found
+
+
+def model_info(name: str) -> ModelInfo:
+    """What ``name`` stands for, without making the model. Raises ``ModelError`` for an unknown name."""
+    library, inner = _resolve(name)
+    return library.info(inner)
+
+
+def _with_default_weights(library: Library, inner: str, info: ModelInfo, num_classes: int) -> nn.Module:
+    if info.default_weights is None:
+        raise WeightsError(f"{info.name} has no default weights; give a local .safetensors or .pt file")
+    if num_classes != info.num_classes:
+        raise WeightsError(
+            f"the default weights of {info.name} answer {info.num_classes} classes, but {num_classes=} was given; "
+            "leave num_classes out, or give a weights file that was trained with it"
+        )
+    try:
+        return library.build_default(inner)
+    except InputError:
+        raise
+    except Exception as error:  # each hub fails in its own ways: no network, no space, a moved file
+        reason = next(iter(str(error).strip().splitlines()), "")[:160]
+        raise WeightsError(
+            f"cannot get the default weights of {info.name} ({info.default_weights}): "
+            f"{type(error).__name__}: {reason}; check the network, or give a local file as weights"
+        ) from error
+
+
+def _resolve(name: str) -> tuple[Library, str]:
+    """The library that knows ``name``, and the name inside it."""
+    prefix, slash, rest = name.partition("/")
+    if slash and prefix not in LIBRARIES:
+        raise ModelError(f"unknown library {prefix!r} in the model name {name!r}; there are {', '.join(LIBRARIES)}")
+    inner = rest if slash else name
+    for candidate in [prefix] if slash else LIBRARIES:
+        library = _library(candidate)
+        if inner in library.names():
+            return library, inner
+    raise ModelError(f"unknown model {name!r}; {_nearest(inner)}list all with 'sidestream models'")
+
+
+def _nearest(inner: str) -> str:
+    bare = {n: _full(prefix, n) for prefix in reversed(LIBRARIES) for n in _library(prefix).names()}
+    near = difflib.get_close_matches(inner.lower(), bare, n=4, cutoff=0.5)
+    return f"the nearest names are {', '.join(bare[n] for n in near)}; " if near else ""
+
+
+def _full(prefix: str, inner: str) -> str:
+    return inner if prefix == "sidestream" else f"{prefix}/{inner}"
+
+
+def _library(prefix: str) -> Library:
+    module = cast(Library, importlib.import_module(f"sidestream.models.{LIBRARIES[prefix]}"))
+    try:
+        module.names()
+    except Exception as error:  # a torchvision that does not match torch fails with RuntimeError
+        raise ModelError(
+            f"the models of {prefix} cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}; "
+            "run 'sidestream doctor' to see how to mend it"
+        ) from error
+    return module

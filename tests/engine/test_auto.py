@@ -1,0 +1,70 @@
+"""Choosing an executor, from numbers; and tuning a real small model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from contract import assert_equal
+from sidestream.engine import run
+from sidestream.engine.auto import Trial, pick
+from sidestream.engine.tune import tune
+from sidestream.errors import InputError
+
+FAST = Trial("frame-parallel", 60.0, 0.033)
+QUICK = Trial("sequential", 40.0, 0.025)
+SLOW = Trial("threads", 20.0, 0.010)
+
+
+@pytest.mark.parametrize(
+    ("frame_rate", "best", "why"),
+    [
+        (None, FAST, "highest throughput"),
+        (25.0, QUICK, "lowest latency among those that keep up with 25 frames/s"),
+        (10.0, SLOW, "lowest latency among those that keep up with 10 frames/s"),
+        (39.0, FAST, "keep up with 39"),  # 40 is within 5 % of 39: too close to count on
+        (100.0, FAST, "none keeps up with 100 frames/s; fastest"),
+    ],
+)
+def test_pick(frame_rate: float | None, best: Trial, why: str) -> None:
+    found, reason = pick((QUICK, SLOW, FAST), frame_rate)
+    assert found is best
+    assert why in reason
+    assert "frame-parallel 60.0 frames/s at 33 ms" in reason
+
+
+def small_model() -> nn.Module:
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 28 * 28, 7)]
+    return nn.Sequential(*layers).eval()
+
+
+def test_tune_keeps_a_circuit_that_answers_like_the_model() -> None:
+    model, frame = small_model(), torch.rand(1, 3, 32, 32)
+    said: list[str] = []
+    tuned = tune(model, frame, backends=("eager", "openvino"), seconds=0.2, on_progress=said.append)
+    assert tuned.backend in ("eager", "openvino")
+    assert any(text.startswith("eager") for text in said)
+    assert any(text.startswith("openvino") for text in said)
+    assert {t.executor.split(" in ")[0] for t in tuned.trials} == {"eager", "openvino"}
+    best = max(tuned.trials, key=lambda t: t.frames_per_second)
+    assert best.executor.endswith(tuned.executor)
+    outputs = list(run(tuned.circuit, [frame, 2 * frame], executor=tuned.executor))
+    with torch.no_grad():
+        for output, given in zip(outputs, (frame, 2 * frame), strict=True):
+            torch.testing.assert_close(output.value.clone(), model(given), rtol=1e-4, atol=1e-5)
+
+
+def test_a_given_number_of_stages_is_kept() -> None:
+    model, frame = small_model(), torch.rand(1, 3, 32, 32)
+    tuned = tune(model, frame, num_stages=3, backends=("eager",), seconds=0.1)
+    assert tuned.circuit.num_stages == 3
+    assert {t.executor.rsplit(maxsplit=1)[-1] for t in tuned.trials} == {"sequential", "frame-parallel", "threads"}
+    outputs = list(run(tuned.circuit, [frame], executor="inline"))
+    with torch.no_grad():
+        assert_equal(outputs[0].value, model(frame))
+
+
+def test_no_back_end_is_refused() -> None:
+    with pytest.raises(InputError, match="backends is empty"):
+        tune(small_model(), torch.rand(1, 3, 32, 32), backends=())
