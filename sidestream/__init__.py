@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sidestream.engine.run import run
     from sidestream.engine.tune import tune
     from sidestream.errors import InputError, SidestreamError
-    from sidestream.models import create_model, list_models
+    from sidestream.models import create_model, input_spec_of, list_models
     from sidestream.types import Clip, Frame, InputSpec, Output
     from sidestream.video import overlay, prepare, read, stream, write
 
@@ -40,6 +40,7 @@ _HOME = {
     "create_model": "models",
     "cut": "circuit.cut",
     "forecast": "circuit.forecast",
+    "input_spec_of": "models",
     "list_models": "models",
     "overlay": "video",
     "parallel": "circuit.wiring",
@@ -71,6 +72,7 @@ __all__ = [
     "create_model",
     "cut",
     "forecast",
+    "input_spec_of",
     "list_models",
     "overlay",
     "parallel",

@@ -34,6 +34,7 @@ PUBLIC = [
     "create_model",
     "cut",
     "forecast",
+    "input_spec_of",
     "list_models",
     "overlay",
     "parallel",

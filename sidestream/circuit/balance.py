@@ -1,8 +1,8 @@
 """How many stages, and where to cut: exact min-max contiguous partitions. Pure functions of plain numbers.
 
-    costs      3   1   4   1   5   9   2   6        num_parts = 3
-    parts     [3   1   4   1] [5   9] [2   6]       largest part 14: no other cut into three is lower
-    boundaries               4       6
+costs      3   1   4   1   5   9   2   6        num_parts = 3
+parts     [3   1   4   1] [5   9] [2   6]       largest part 14: no other cut into three is lower
+boundaries               4       6
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import numpy as np
 
 from sidestream.errors import CutError
 
+BYTES_SHARE = 0.1
+"""Crossing nothing at all would be worth this share of evenness: bytes decide between places close to each other."""
+
 
 def partition(
     costs: Sequence[float],
@@ -24,16 +27,25 @@ def partition(
 ) -> tuple[int, ...]:
     """Boundaries (first item of part 2, 3, ...) of the contiguous partition whose dearest part is cheapest.
 
-    With ``crossings`` (``crossings[i]``: the price of a cut before item i, bytes say) the lowest sum of crossings
-    wins among all partitions whose dearest part is within ``slack`` (a share) of that optimum. Ties go to the more
-    even partition (least sum of squared part costs), then to the smallest boundaries in lexicographic order.
-    No part is empty. Raises CutError when there are fewer items than parts, or a cost is negative or not finite.
+    Ties go to the most even partition (least sum of squared part costs), then to the smallest boundaries.
+    With ``crossings`` (``crossings[i]``: the price of a cut before item i, bytes say) all partitions whose dearest
+    part is within ``slack`` (a share) of the optimum are candidates, and the lowest
+
+        squares / squares of the most even candidate + BYTES_SHARE * crossings / crossings of that candidate
+
+    wins. No part is empty. Raises CutError when there are fewer items than parts, or a cost is negative or not finite.
     """
     prefix = _checked_prefix(costs, num_parts)
     limit = _lowest_limit(prefix, num_parts)
     if crossings is None:
-        crossings, slack = [0.0] * len(costs), 0.0
-    return _cheapest_within(prefix, num_parts, limit * (1.0 + slack), np.asarray(crossings, dtype=np.float64))
+        return _cheapest_within(prefix, num_parts, limit, np.zeros(len(costs)))
+    limit, prices = limit * (1.0 + slack), np.asarray(crossings, dtype=np.float64)
+    most_even = _cheapest_within(prefix, num_parts, limit, np.zeros(len(costs)))
+    parts = np.diff(prefix[[0, *most_even, len(costs)]])
+    squares, price = float((parts**2).sum()), float(prices[list(most_even)].sum())
+    if squares == 0.0 or price == 0.0:
+        return most_even
+    return _cheapest_within(prefix, num_parts, limit, prices * (BYTES_SHARE * squares / price))
 
 
 def largest_part(costs: Sequence[float], num_parts: int) -> float:
@@ -95,30 +107,26 @@ def _lowest_limit(prefix: np.ndarray, num_parts: int) -> float:
 
 
 def _cheapest_within(prefix: np.ndarray, num_parts: int, limit: float, crossings: np.ndarray) -> tuple[int, ...]:
-    """Dynamic programme from the right: least (crossings, squares), each part within ``limit``."""
+    """Dynamic programme from the right: least sum of squared part costs and crossings, each part within ``limit``."""
     N = len(prefix) - 1
-    price, square = np.full(N + 1, np.inf), np.full(N + 1, np.inf)
-    price[N] = square[N] = 0.0
-    choice = np.zeros((num_parts, N + 1), dtype=np.int64)
+    price = np.full(N + 1, np.inf)
+    price[N] = 0.0
+    choice = np.zeros((num_parts + 1, N + 1), dtype=np.int64)
     for parts_left in range(1, num_parts + 1):
-        new_price, new_square = np.full(N + 1, np.inf), np.full(N + 1, np.inf)
-        first = 0 if parts_left == num_parts else num_parts - parts_left
-        last = 0 if parts_left == num_parts else N - parts_left
-        for start in range(first, last + 1):
-            stop = int(np.searchsorted(prefix[start + 1 :] - prefix[start], limit, side="right")) + start + 1
-            ends = np.arange(start + 1, stop)
-            if not np.isfinite(price[ends]).any():
-                continue
-            squares = square[ends] + (prefix[ends] - prefix[start]) ** 2
-            best = np.flatnonzero(price[ends] == price[ends].min())
-            end = int(ends[best[np.argmin(squares[best])]])
-            choice[parts_left - 1, start] = end
-            new_price[start] = price[end] + (crossings[start] if start else 0.0)
-            new_square[start] = squares[end - start - 1]
-        price, square = new_price, new_square
+        new_price = np.full(N + 1, np.inf)
+        is_first_part = parts_left == num_parts
+        for start in [0] if is_first_part else range(num_parts - parts_left, N - parts_left + 1):
+            part_costs = prefix[start + 1 :] - prefix[start]
+            part_costs = part_costs[: int(np.searchsorted(part_costs, limit, side="right"))]
+            prices = price[start + 1 : start + 1 + len(part_costs)] + part_costs**2
+            if len(prices):
+                best = int(np.argmin(prices))
+                choice[parts_left, start] = start + 1 + best
+                new_price[start] = prices[best] + (0.0 if is_first_part else crossings[start])
+        price = new_price
     boundaries, start = [], 0
     for parts_left in range(num_parts, 1, -1):
-        start = int(choice[parts_left - 1, start])
+        start = int(choice[parts_left, start])
         boundaries.append(start)
     return tuple(boundaries)
 

@@ -45,6 +45,8 @@ class Circuit:
     """Stage j computes in the ticks t with t % period == phase."""
     name: str = "model"
     input_spec: Any = None
+    example: tuple[Any, dict[str, Any]] | None = field(default=None, repr=False, compare=False)
+    """``(args, kwargs)`` with which the model was cut, where known."""
 
     def __post_init__(self) -> None:
         K = len(self.stages)

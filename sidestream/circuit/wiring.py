@@ -124,6 +124,7 @@ def _circuit(stages: Stages, delay: Callable[[Link], int], wiring: str) -> Circu
         wiring=wiring,
         name=stages.name,
         input_spec=stages.input_spec,
+        example=stages.example,
     )
 
 

@@ -88,9 +88,9 @@ class Feed:
         if isinstance(item, Tensor):
             return self._checked(pytree.tree_leaves(item), spec)
         if isinstance(item, tuple):
-            return flatten_inputs(spec, item, {})
+            return flatten_inputs(spec, item, {}, self._circuit.example)
         if isinstance(item, dict):
-            return flatten_inputs(spec, (), item)
+            return flatten_inputs(spec, (), item, self._circuit.example)
         raise InputError(
             f"a stream item is a {type(item).__name__}; expected Frame, a tensor BCHW, a tuple of inputs or a dict"
         )

@@ -1,0 +1,125 @@
+"""In-place operations in a graph that is to be cut: no stage may change what it was given.
+
+A stage may change memory that it made itself, before it hands it over; every later reader then sees what it would
+have seen in the whole model. So no cut may fall between the node that makes a piece of memory and the last node
+that changes it in place. Where that would glue too much together, or a cut is wanted right there, the change is
+made on a copy, which is exact when nobody reads the old names of that memory afterwards.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sidestream.circuit.measure import CALLS, NodeRecord
+
+_MOST_GLUED = 8
+"""Nodes that an in-place operation may glue together before it is made on a copy instead."""
+
+
+@dataclass(frozen=True)
+class Write:
+    """An in-place change: by which node, of which memory, and where no cut may fall: ``first < cut <= last``."""
+
+    node: fx.Node
+    storage: Any
+    members: tuple[fx.Node, ...]
+    first: int
+    last: int
+
+
+def call_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The nodes that compute something, in order: what a cut divides."""
+    return [node for node in graph.nodes if node.op in CALLS]
+
+
+def place_items(graph: fx.Graph) -> None:
+    """Move the ``getitem`` nodes of tuple-valued nodes right behind them, so that no tuple has to cross a cut."""
+    for node in list(graph.nodes):
+        if _makes_tuple(node):
+            for user in [u for u in reversed(list(node.users)) if u.target is operator.getitem]:
+                node.append(user)
+
+
+def copy_written_inputs(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> bool:
+    """Let the graph work on a copy of each input that it would change; True when there was one."""
+    written = {storage for r in records.values() for storage in r.writes}
+    placeholders = graph.find_nodes(op="placeholder")
+    changed = [node for node in placeholders if records[node].storages & written]
+    for node in changed:
+        with graph.inserting_after(placeholders[-1]):
+            clone = _clone(graph, node, like=next(iter(node.users)))
+        node.replace_all_uses_with(clone, delete_user_cb=lambda user, clone=clone: user is not clone)
+    return bool(changed)
+
+
+def copy_before_writes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord], wanted_cuts: Iterable[int] = ()) -> bool:
+    """Put a copy before each in-place change that glues too much, or across a wanted cut; True when there was one."""
+    wanted = tuple(wanted_cuts)
+    position = _positions(graph)
+    any_copied = False
+    for write in writes(graph, records):
+        is_long = write.last - write.first > _MOST_GLUED
+        if is_long or any(write.first < cut <= write.last for cut in wanted):
+            any_copied |= _copy_before(graph, write, position)
+    return any_copied
+
+
+def writes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> Iterator[Write]:
+    """Every in-place change of the graph."""
+    position = _positions(graph)
+    for node, entry in records.items():
+        for storage in entry.writes:
+            members = tuple(n for n, r in records.items() if storage in r.storages and n.op != "output")
+            places = [position[n] for n in members if n.op in CALLS]
+            last = position[node]
+            if any(n.op == "get_attr" for n in members):  # a buffer: its readers and writers stay in one stage
+                places += [position[user] for n in members for user in n.users if user.op in CALLS]
+                last = max(places)
+            yield Write(node, storage, members, min([*places, last]), last)
+
+
+def forbidden_cuts(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> set[int]:
+    """Positions in ``call_nodes`` before which no stage may begin."""
+    position = _positions(graph)
+    forbidden = {cut for w in writes(graph, records) for cut in range(w.first + 1, w.last + 1)}
+    for node in position:
+        if node.op in CALLS and _makes_tuple(node):
+            ends = [position[user] for user in node.users if user.target is operator.getitem]
+            forbidden |= set(range(position[node] + 1, max(ends, default=0) + 1))
+    return forbidden
+
+
+def _positions(graph: fx.Graph) -> dict[fx.Node, int]:
+    calls = call_nodes(graph)
+    output = graph.find_nodes(op="output")[0]
+    return {node: n for n, node in enumerate(calls)} | {output: len(calls)}
+
+
+def _copy_before(graph: fx.Graph, write: Write, position: Mapping[fx.Node, int]) -> bool:
+    """Let ``write`` work on a copy, where that is exact."""
+    here = position[write.node]
+    old_names = [n for n in write.members if n.op not in CALLS or position[n] < here]
+    names_in_args = [n for n in write.node.all_input_nodes if n in write.members]
+    read_later = any(position.get(user, -1) > here for n in old_names for user in n.users)
+    if read_later or len(names_in_args) != 1 or any(n.op == "get_attr" for n in old_names):
+        return False
+    with graph.inserting_before(write.node):
+        clone = _clone(graph, names_in_args[0], like=write.node)
+    write.node.replace_input_with(names_in_args[0], clone)
+    return True
+
+
+def _clone(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
+    clone = graph.call_function(torch.ops.aten.clone.default, (node,))
+    clone.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
+    return clone
+
+
+def _makes_tuple(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), (tuple, list))
