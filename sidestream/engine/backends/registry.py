@@ -1,0 +1,115 @@
+"""The table of back ends, and ``compile_stages``: every stage of a cut model on one of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from sidestream.circuit.stage import Stage, Stages
+from sidestream.engine.backends import eager, inductor, ort, ov
+from sidestream.engine.backends.tensors import BackendOptions
+from sidestream.errors import BackendError, MissingExtraError
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+"""``on_progress(done, total, name)``: called before each stage and once when all are done."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a stage."""
+
+    compile_stage: Callable[[Stage, BackendOptions], Stage]
+    missing: Callable[[], str | None]
+    """What is not installed here, or None."""
+    extra: str | None = None
+    """The extra of this package that installs it."""
+
+
+BACKENDS: dict[str, Backend] = {
+    "eager": Backend(eager.compile_stage, eager.missing),
+    "inductor": Backend(inductor.compile_stage, inductor.missing),
+    "onnxruntime": Backend(ort.compile_stage, ort.missing, "onnxruntime"),
+    "openvino": Backend(ov.compile_stage, ov.missing, "openvino"),
+}
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every back end's name with None when it can be used here, else the reason why not."""
+    return {name: _why_not(backend) for name, backend in BACKENDS.items()}
+
+
+def compile_stages(
+    stages: Stages,
+    backend: str = "eager",
+    *,
+    precision: str = "float32",
+    num_threads: int = 1,
+    on_unsupported: Literal["error", "eager"] = "error",
+    on_progress: Progress | None = None,
+) -> Stages:
+    """The same stages and links, every stateless stage run by ``backend``.
+
+    Stages with state stay in eager (a log line says so). A converted stage takes tensors of its example's shapes
+    and types, is checked once against eager on that example, and gives outputs that stay valid.
+
+    ``precision``: "float32", or "bfloat16" (openvino only) for the arithmetic inside of a stage.
+    ``num_threads``: threads inside one stage. ``on_unsupported``: "eager" keeps what cannot be converted in eager.
+
+    Raises BackendError (unknown back end, or a stage that it cannot run) and MissingExtraError.
+    """
+    chosen = _find(backend)
+    _check_choice(on_unsupported, num_threads)
+    options = BackendOptions(precision=precision, num_threads=num_threads)
+    done: list[Stage] = []
+    for stage in stages:
+        if on_progress:
+            on_progress(len(done), len(stages), stage.name)
+        done.append(_compile_one(stage, backend, chosen, options, keep_unsupported=on_unsupported == "eager"))
+    if on_progress:
+        on_progress(len(done), len(stages), stages.name)
+    return stages.with_stages(tuple(done))
+
+
+def _compile_one(
+    stage: Stage, name: str, backend: Backend, options: BackendOptions, *, keep_unsupported: bool
+) -> Stage:
+    if stage.is_stateful and name != "eager":
+        log.info("stage %r carries state: it stays in eager", stage.name)
+        return stage
+    try:
+        return backend.compile_stage(stage, options)
+    except BackendError as error:
+        if not keep_unsupported:
+            raise
+        log.warning("stage %r stays in eager: %s", stage.name, error)
+        return stage
+
+
+def _find(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise BackendError(f"unknown back end {name!r}; known: {', '.join(BACKENDS)}")
+    backend = BACKENDS[name]
+    package = backend.missing()
+    if package is not None and backend.extra is not None:
+        raise MissingExtraError(package, backend.extra, f"the back end {name!r}")
+    if package is not None:
+        raise BackendError(f"the back end {name!r} cannot be used here: {package}; or use backend='eager'")
+    return backend
+
+
+def _why_not(backend: Backend) -> str | None:
+    package = backend.missing()
+    if package is None or backend.extra is None:
+        return package
+    return f"{package} is not installed; pip install 'sidestream[{backend.extra}]'"
+
+
+def _check_choice(on_unsupported: str, num_threads: int) -> None:
+    if on_unsupported not in ("error", "eager"):
+        raise BackendError(f"{on_unsupported = } is not one of 'error', 'eager'")
+    if num_threads < 1:
+        raise BackendError(f"{num_threads = }: a stage needs at least one thread")
