@@ -7,7 +7,7 @@ import sidestream as ss
 source = sys.argv[1] if len(sys.argv) > 1 else "synthetic:seconds=4"
 model = ss.create_model("efficientnet_lite0", weights="default")  # or any nn.Module
 frames = ss.stream(source)  # a file, camera:0, rtsp://..., a folder, or synthetic
-stages = ss.cut(model, ss.prepare(next(frames), ss.input_spec_of(model)), num_stages=4)
+stages = ss.cut(model, num_stages=4)  # your own model: ss.cut(model, example_input, num_stages=4)
 circuit = ss.pipelined(stages)  # or sequential, semi_parallel, parallel
 print(ss.chart(circuit, num_ticks=6))
 with ss.run(circuit, frames, executor="threads") as outputs:

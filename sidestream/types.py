@@ -56,8 +56,9 @@ class Frame:
     """Number of the frame in its source, from 0; frames that a live policy dropped leave gaps."""
     pts_seconds: float
     """Presentation time, seconds from the first frame of the source."""
-    arrived_at_seconds: float = 0.0
-    """Clock reading when the source made the frame available (for a replayed file: when it was due)."""
+    arrived_at_seconds: float | None = None
+    """Clock reading when the source made the frame available (for a replayed file: when it was due); None where
+    nobody looked at a clock."""
     truth: Truth | None = None
     """Ground truth, only from the synthetic source."""
 
@@ -119,6 +120,8 @@ class InputSpec:
     """"BCHW" for a frame model, "BTCHW" for a clip model."""
     num_frames: int = 1
     """Frames a clip model wants (1 for frame models)."""
+    min_frames: int | None = None
+    """Fewest frames of a clip model that takes any number from there on; None: it wants ``num_frames``."""
     frame_step: int = 1
     """Distance of those frames in the source."""
     causal: bool = True
@@ -143,7 +146,7 @@ class Output:
     newest_frame_index: int
     """The newest frame that had any influence; newer than ``frame_index`` only where ages mix."""
     pts_seconds: float
-    """Presentation time of the answered frame."""
+    """Presentation time of the answered frame; NaN where the run was fed bare tensors."""
     tick: int
     """The tick in which the last stage made this answer."""
     age_ticks: int

@@ -39,11 +39,13 @@ def information_latency_ticks(circuit: Circuit) -> int:
     return min(ages(circuit)[-1], default=0)
 
 
+def look_ahead_ticks(circuit: Circuit) -> int:
+    """Further ticks that an answer waits because layers inside of the stages look ahead."""
+    return max(
+        (circuit.stages[w.source - 1].delay_ticks for w in circuit.wires_into(circuit.sink) if w.source), default=0
+    )
+
+
 def mixes_ages(circuit: Circuit) -> bool:
     """Whether some stage, or the answer, sees frames of different ages at once."""
     return any(len(a) > 1 for a in ages(circuit))
-
-
-def first_ticks(circuit: Circuit) -> tuple[int, ...]:
-    """The first tick (0-based) in which source, stages 1..K and sink have all that they read."""
-    return lags_of(circuit)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sidestream.circuit.wire import Circuit
-from sidestream.errors import MissingExtraError
+from sidestream.errors import MissingExtraError, WriteError
+from sidestream.report.record import write_beside
 
 Frames = frozenset[int]
 
@@ -122,7 +123,9 @@ def _short(name: str, limit: int = 34) -> str:
 
 def _save(figure: object, path: Path) -> Path:
     """Write beside, then rename: never half a picture."""
-    part = path.with_name(path.name + ".part")
-    figure.savefig(part, format="png")  # type: ignore[attr-defined]
-    part.replace(path)
+    try:
+        with write_beside(path) as part:
+            figure.savefig(part, format="png")  # type: ignore[attr-defined]
+    except OSError as error:
+        raise WriteError(f"cannot write {path}: {error.strerror}; give a file in a folder that exists") from error
     return path

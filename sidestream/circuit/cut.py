@@ -8,8 +8,7 @@ Stages in a row equal the model, to the bit. Parameters are shared with the mode
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -30,11 +29,13 @@ from sidestream.circuit.trace import Traced, trace_around, trace_exported
 from sidestream.errors import CutError
 from sidestream.models.info import info_of
 from sidestream.nn.combine import Chain
+from sidestream.report.measure import num_cores
+from sidestream.types import InputSpec
 
 
 def cut(
     model: nn.Module,
-    example: Any,
+    example: Any = None,
     *,
     num_stages: int | str = "auto",
     cut: Sequence[str] | None = None,
@@ -47,7 +48,8 @@ def cut(
 
     ``example``: what the model is called with in the stream, batch of 1 included. A dict is its keyword arguments,
     a tuple its positional arguments, anything else its only argument (a model whose only argument is itself a dict
-    or a tuple takes ``(that,)``). The stages accept these shapes and types only.
+    or a tuple takes ``(that,)``). The stages accept these shapes and types only. Default: one batch of the size that
+    the model wants, where it was made by name.
     ``num_stages``: a number, or "auto" for as many as keep ``num_workers`` (default: the machine's processors) busy.
     ``cut``: dotted names of modules in the order in which they run; a stage begins at the first operation of each.
     ``input_spec``: what ``run`` prepares frames with; default: the model's own, where it was made by name.
@@ -57,11 +59,11 @@ def cut(
     cut between its layers, and ``example`` is one frame. Raises CutError for what cannot be cut as asked; stages
     that are fed other shapes or types than the example's raise LayoutError.
     """
-    args, kwargs = example_call(example)
+    info = info_of(model)
+    args, kwargs = example_call(blank_input(info.input_spec) if example is None and info else example)
     names = None if cut is None else ((cut,) if isinstance(cut, str) else tuple(cut))
     _check_count(num_stages, names)
-    num_workers = num_workers or os.cpu_count() or 1
-    info = info_of(model)
+    num_workers = num_workers or num_cores()
     title = name or (info.name.rpartition("/")[2] if info else type(model).__name__)
     input_spec = input_spec or (info.input_spec if info else None)
     with torch.inference_mode(False):  # tracing and recording need tensors that count their changes
@@ -76,8 +78,16 @@ def cut(
     return replace(result, name=title, input_spec=input_spec, example=(args, kwargs))
 
 
+def blank_input(spec: InputSpec) -> torch.Tensor:
+    """Something of the shape that a model wants: ``frame_BCHW`` or ``clip_BTCHW``, seeded noise, batch of 1."""
+    frames = (spec.num_frames,) if spec.layout == "BTCHW" else ()
+    return torch.rand(1, *frames, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
+
+
 def example_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """``(args, kwargs)`` of an example: a dict is keyword arguments, a tuple positional ones, else the only one."""
+    if example is None:
+        raise CutError("the model does not say what it wants to be fed; give an example: cut(model, frame_BCHW)")
     if isinstance(example, dict):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
@@ -115,7 +125,8 @@ def _cut_graph(
     else:
         boundaries = named_boundaries(graph, model, names)
         check_allowed(names, boundaries, forbidden)
-    result = _stages(traced, boundaries, weights if costs == "measured" else None)
+    hidden = {w.node for w in alias.writes(graph, records) if any(n.op == "get_attr" for n in w.members)}
+    result = _stages(traced, boundaries, weights if costs == "measured" else None, hidden)
     if is_opaque:
         _check_equal(model, result, args, kwargs)
     return result
@@ -160,8 +171,10 @@ def _crossing_bytes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> l
     return [float(total) for total in accumulate(change[: len(calls)])]
 
 
-def _stages(traced: Traced, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
-    """The stages, with what they were given and made on the example."""
+def _stages(
+    traced: Traced, boundaries: Sequence[int], seconds: Sequence[float] | None, hidden: Collection[fx.Node]
+) -> Stages:
+    """The stages, with what they were given and made on the example; ``hidden``: nodes that write to buffers."""
     pieces, links = split(traced.module, boundaries)
     leaves = dict(zip(traced.module.graph.find_nodes(op="placeholder"), traced.leaves))
     values: dict[Any, Any] = dict(leaves)
@@ -181,6 +194,7 @@ def _stages(traced: Traced, boundaries: Sequence[int], seconds: Sequence[float] 
                 num_outputs=len(outputs),
                 cost_seconds=None if seconds is None else sum(seconds[start : start + len(piece.nodes)]),
                 output_bytes=tuple(num_bytes(value) for value in outputs),
+                hides_state=any(node in hidden for node in piece.nodes),
                 module=module,
                 example_inputs=inputs,
             )

@@ -2,8 +2,10 @@
 
 With costs c_j, periods p_j and W workers that take whichever stage is ready:
 
-    seconds per frame  >=  max(largest c_j / p_j,  sum of c_j / p_j / W)      no stage is on two frames at once
-    latency            >=  sum of c_j along the depth                         one frame's own way through
+    seconds per frame  >=  max(largest c_j / p_j,        no stage is on two frames at once
+                               sum of c_j / p_j / W,     a worker does one thing at a time
+                               sum of c_j / p_j / F)     no more frames are inside than F = latency in ticks + 1
+    latency            >=  sum of c_j                    one frame's own way through, stages one after the other
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from sidestream.circuit.ages import information_latency_ticks, latency_ticks
 from sidestream.circuit.wire import Circuit
+from sidestream.errors import CircuitError
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,10 @@ def forecast(circuit: Circuit, *, num_workers: int) -> Forecast:
     known = [c for c in costs if c is not None]
     is_known = len(known) == len(costs) and sum(known) > 0
     rates = [c / p for c, p in zip(known, circuit.periods, strict=False)] if is_known else []
-    workers = 1 if circuit.wiring == "sequential" else min(num_workers, circuit.num_stages)
-    period = max(*rates, sum(rates) / workers, 0.0) if rates else None
+    if num_workers < 1:
+        raise CircuitError(f"cannot plan for {num_workers} workers; give 1 or more")
+    workers = min(num_workers, circuit.num_stages, latency_ticks(circuit) + 1)
+    period = max(*rates, sum(rates) / workers) if rates else None
     return Forecast(
         wiring=circuit.wiring,
         num_stages=circuit.num_stages,

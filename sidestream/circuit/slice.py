@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,9 @@ def slice_chain(
     for start, end in zip(starts, [*boundaries, len(layers)]):
         part = dict(list(layers.items())[start:end])
         cost_seconds = None if seconds is None else sum(seconds[start:end])
-        stages.append(_stage(part, values[start], values[end], cost_seconds, is_first=start == 0))
+        stage = _stage(part, values[start], values[end], cost_seconds, is_first=start == 0)
+        so_far = Chain(*list(layers.values())[:end])
+        stages.append(replace(stage, delay_ticks=so_far.delay_ticks, period_ticks=so_far.period_ticks))
     in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(values[-1])
     return tuple(stages), _links(stages), in_spec, out_spec
 
@@ -93,6 +95,17 @@ class ChainState:
             return self.chain.init_state(pytree.tree_unflatten(blanks, self.in_spec))
 
 
+@dataclass(frozen=True, eq=False)
+class ChainFinish:
+    """``finish`` of a stage that is part of a chain."""
+
+    chain: Chain
+
+    def __call__(self, state: State) -> Sequence[Values]:
+        with torch.no_grad():
+            return [tuple(pytree.tree_leaves(answer)) for answer in self.chain.finish(state)]
+
+
 def _stage(layers: dict[str, Steppable], given: Any, made: Any, cost_seconds: float | None, *, is_first: bool) -> Stage:
     chain, names = Chain(*layers.values()), list(layers)
     chain.training = all(layer.training for layer in layers.values())  # the flag only: the layers are the user's
@@ -107,6 +120,7 @@ def _stage(layers: dict[str, Steppable], given: Any, made: Any, cost_seconds: fl
         num_inputs=len(leaves),
         num_outputs=len(outputs),
         init_state=init_state if is_stateful else None,
+        finish=ChainFinish(chain) if is_stateful else None,
         cost_seconds=cost_seconds,
         output_bytes=tuple(num_bytes(value) for value in outputs),
         module=chain,
@@ -136,7 +150,7 @@ def _seconds(layers: Iterable[Steppable], values: Sequence[Any], num_runs: int =
     medians = []
     with one_thread(), torch.no_grad():
         for layer, value in zip(layers, values):
-            state = layer.init_state(value)
+            state = _answering_state(layer, value)
             times: list[float] = []
             layer.step(value, state)
             while len(times) < num_runs and sum(times) < 0.5:

@@ -7,7 +7,7 @@ delay and so makes a ``Circuit``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,10 +38,19 @@ class Stage:
     num_outputs: int
     init_state: Callable[[], State] | None = None
     """Makes the state of a new stream; None when the stage has no memory."""
+    finish: Callable[[State], Sequence[Values]] | None = None
+    """The outputs that a stage with look-ahead still owes when the stream ends, in order."""
+    delay_ticks: int = 0
+    """Frames by which the outputs come later than the frame they belong to, layers before this stage included."""
+    period_ticks: int = 1
+    """Ticks from one output to the next where layers swallow frames, layers before this stage included."""
     cost_seconds: float | None = None
     """Measured time of one step on one thread (median, warm), where known."""
     output_bytes: tuple[int, ...] | None = None
     """Size of each output for the example, where known: what a register on its wire costs."""
+    hides_state: bool = False
+    """``step`` writes to buffers of the module (a batch norm in train mode, a model that counts): frames must come in
+    order and once, the stage cannot be converted, and trying it out would change it."""
     module: Any = None
     """The ``nn.Module`` behind ``step`` where there is one (back ends export it; training reads its parameters)."""
     example_inputs: Values | None = None
@@ -52,7 +61,7 @@ class Stage:
 
     @property
     def is_stateful(self) -> bool:
-        return self.init_state is not None
+        return self.init_state is not None or self.hides_state
 
     def twin(self) -> Stage:
         """A stage that may run at the same time as this one (itself where that is safe)."""

@@ -6,13 +6,12 @@ which orders the two inside the tick; d >= 1 means a register, which frees the t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from sidestream.circuit.stage import SOURCE, Link, Stage, check_links
+from sidestream.circuit.stage import Link, Stage, check_links
 from sidestream.errors import CircuitError
 
 
@@ -113,8 +112,3 @@ def _check_periods(circuit: Circuit) -> None:
             f"periods {circuit.periods} get shorter with depth; a stage that ticks more often than the one before it "
             "would repeat the same work. Make the periods grow or stay with depth"
         )
-
-
-def order_in_tick(circuit: Circuit) -> Sequence[int]:
-    """Stage numbers in an order in which each fires after all that it reads without delay: plain depth order."""
-    return range(SOURCE + 1, circuit.num_stages + 1)

@@ -15,6 +15,9 @@ from sidestream.errors import InputError, SidestreamError, WriteError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the ``sidestream`` command; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["doctor"]:  # must come before everything that a broken installation cannot import
+        return _doctor(argv[1:])
     import tyro
 
     from sidestream.cli.bench import bench
@@ -22,11 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sidestream.cli.demo import demo
     from sidestream.cli.doctor import doctor
     from sidestream.cli.models import models
+    from sidestream.cli.predict import predict
     from sidestream.cli.run import run
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     verbs: dict[str, Callable[..., Any]] = {
         "run": run,
+        "predict": predict,
         "bench": bench,
         "chart": chart,
         "models": models,
@@ -50,6 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         return 0
+
+
+def _doctor(argv: Sequence[str]) -> int:
+    from sidestream.cli.doctor import doctor
+
+    if unknown := [a for a in argv if a != "--json"]:
+        if unknown not in (["-h"], ["--help"]):
+            return _fail(InputError(f"doctor knows no {' '.join(unknown)}; it takes --json only"), 2)
+        print("usage: sidestream doctor [--json]\n\nSay what is installed, what works, and how to mend what does not.")
+        return 0
+    return doctor(json="--json" in argv)
 
 
 def _fail(error: Exception, code: int) -> int:

@@ -58,7 +58,7 @@ def bench(
         table.add_column(title, justify="left" if title == "candidate" else "right")
     for t in found.trials:
         ratio = t.frames_per_second / slowest
-        table.add_row(t.executor, f"{t.frames_per_second:.1f}", f"{ratio:.2f}", f"{t.latency_seconds * 1e3:.1f}")
+        table.add_row(t.name, f"{t.frames_per_second:.1f}", f"{ratio:.2f}", f"{t.latency_seconds * 1e3:.1f}")
     console.print(table)
     console.print(f"fastest: {found.backend}, {found.circuit.num_stages} stages, {found.executor}")
     with contextlib.ExitStack() as files:
@@ -66,5 +66,5 @@ def bench(
             write = files.enter_context(json_lines(json, append=True))
             for t in found.trials:
                 figures = {"frames_per_second": t.frames_per_second, "latency_seconds": t.latency_seconds}
-                write({"model": model, "candidate": t.executor, **figures, "machine": machine()})
+                write({"model": model, "candidate": t.name, **figures, "machine": machine()})
     return 0

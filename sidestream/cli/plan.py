@@ -49,11 +49,15 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
     from sidestream.circuit.cut import cut
     from sidestream.circuit.wiring import wire
     from sidestream.engine import EXECUTORS
-    from sidestream.engine.backends import BACKENDS, compile_stages
+    from sidestream.engine.backends import BACKENDS, compile_stages, cut_for_backend, require_backend
     from sidestream.engine.tune import tune
 
     _one_of("executor", flags.executor, EXECUTORS)
     _one_of("backend", flags.backend, (*BACKENDS, "auto"))
+    if flags.backend != "auto":
+        require_backend(flags.backend)
+    if flags.threads is not None and flags.threads < 1:
+        raise InputError(f"--threads {flags.threads}; expected 1 or more")
     num_stages = parse_num_stages(flags.stages)
     say = on_progress or (lambda text: None)
     say(f"loading {flags.model}")
@@ -63,19 +67,32 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
     if flags.backend == "auto" or (flags.executor == "auto" and flags.wiring == "pipelined" and not flags.cut):
         _check_free_to_choose(flags)
         tuned = tune(
-            model, example, num_stages=num_stages, backends=flags.backend, frame_rate=frame_rate, on_progress=say
+            model,
+            example,
+            num_stages=num_stages,
+            backends=flags.backend,
+            num_threads=flags.threads,
+            frame_rate=frame_rate,
+            on_progress=say,
         )
         circuit = tuned.circuit.replace(name=name, input_spec=spec)
         return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec)
-    say(f"cutting {flags.model}")
-    stages = cut(model, example, num_stages=num_stages, cut=flags.cut or None, name=name, input_spec=spec)
-    say(f"{flags.backend}: {len(stages)} stages")
-    stages = compile_stages(stages, flags.backend)
+    say(f"cutting {flags.model} for {flags.backend}")
+    cut_options: dict[str, Any] = {
+        "num_stages": num_stages,
+        "name": name,
+        "input_spec": spec,
+        "num_workers": flags.threads,
+    }
+    if flags.cut or flags.backend == "eager":
+        stages = compile_stages(cut(model, example, cut=flags.cut or None, **cut_options), flags.backend)
+    else:
+        stages = cut_for_backend(model, example, flags.backend, **cut_options)
     return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec)
 
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:
-    """The model, its labels and its input spec; refuses models that read clips."""
+    """The model, its labels and its input spec; refuses models that read clips, or answer no classes."""
     from sidestream.models import create_model, info_of
 
     model = create_model(
@@ -87,6 +104,10 @@ def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpe
     info = info_of(model)
     if info is None or info.input_spec.layout != "BCHW":
         raise ModelError(f"{flags.model} reads clips, not frames; this command runs frame models on a stream")
+    if info.task != "image":
+        raise ModelError(
+            f"{flags.model} answers with {info.task}, not with classes of a frame; use the Python API (sidestream.run)"
+        )
     return model, info.labels, info.input_spec
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from sidestream.cli.plan import ModelFlags, Plan, make_plan
-from sidestream.errors import InputError, SidestreamError
+from sidestream.errors import InputError, SidestreamError, WriteError
 
 
 def run(
@@ -63,15 +63,18 @@ def run(
 
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
+    for flag, path in (("--out", out), ("--json", json)):
+        check_target(flag, path, source)
     clock = WallClock()
     frames = stream(
         source, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate
     )
     with frames:
         flags = ModelFlags(model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads)
-        live_rate = frames.info.frame_rate if frames.info.is_live or real_time else None
+        live_rate = frames.info.frame_rate if frames.wants_latency else None
         with _status() as say:
             plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
+        frames.catch_up()  # what came while the model was made ready does not count
         running = run_circuit(
             plan.circuit,
             frames,
@@ -95,7 +98,8 @@ class Job:
     running: Any
     top_k: int = 5
     was_interrupted: bool = False
-    failure: SidestreamError | None = field(default=None)
+    num_written: int = 0
+    failure: SidestreamError | OSError | None = field(default=None)
     banner: str | None = None
 
     def work(self, out: Path | None, json: Path | None) -> None:
@@ -107,8 +111,8 @@ class Job:
                     for output in self.running:
                         add(output)
                         advance()
-                except SidestreamError as error:
-                    if self.running.stats.num_answered == 0:
+                except (SidestreamError, OSError) as error:
+                    if self.num_written == 0:
                         raise
                     self.failure = error
         if self.failure is not None:
@@ -120,7 +124,10 @@ class Job:
         from sidestream.video import VideoWriter, overlay
 
         write = files.enter_context(json_lines(json)) if json else None
-        video = files.enter_context(VideoWriter(out, frame_rate=self.frames.info.frame_rate or 25.0)) if out else None
+        rate = self.frames.info.frame_rate or 25.0
+        video = files.enter_context(VideoWriter(out, frame_rate=rate, fit=True)) if out else None
+        if video:
+            files.callback(lambda: video.discard() if self.num_written == 0 else None)
 
         def add(output: Any) -> None:
             top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
@@ -129,6 +136,7 @@ class Job:
             if video:
                 timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
                 video.add(overlay(output.frame, labels=answer_lines(top), timing=timing, banner=self.banner))
+            self.num_written += 1
 
         return add
 
@@ -139,6 +147,7 @@ class Job:
         def stop(number: int, stack: Any) -> None:
             self.was_interrupted = True
             self.running.stop()
+            self.frames.stop()
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
         try:
@@ -187,6 +196,18 @@ class Job:
             console.print(f"{source.num_corrupt_packets} corrupt packets were skipped")
         if source.num_reconnects:
             console.print(f"the source dropped out {source.num_reconnects} times")
+
+
+def check_target(flag: str, path: Path | None, source: str) -> None:
+    """Refuse, before any work, an output that cannot be written or would replace the source. Raises WriteError."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise WriteError(f"{flag} {path} is a folder; give the name of a file")
+    if not path.parent.is_dir():
+        raise WriteError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise WriteError(f"{flag} {path} is the source itself; give another name, so that it is not overwritten")
 
 
 @contextlib.contextmanager

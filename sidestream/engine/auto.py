@@ -22,6 +22,12 @@ class Trial:
     executor: str
     frames_per_second: float
     latency_seconds: float
+    setting: str = ""
+    """What else was chosen: back end and number of stages."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.setting}, {self.executor}" if self.setting else self.executor
 
 
 @dataclass(frozen=True)
@@ -41,11 +47,13 @@ def choose(
     frame_rate: float | None = None,
     seconds: float = 1.0,
 ) -> Choice:
-    """Run each candidate on ``item`` for its share of ``seconds`` and pick.
+    """Run each candidate on ``item`` for its share of ``seconds`` (four answers at least) and pick.
 
     ``frame_rate``: the rate of a live source. Candidates that keep up with it are ranked by latency; otherwise, and
     where none keeps up, by throughput. ``try_run(executor, items)`` starts a run.
     """
+    if any(stage.hides_state for stage in circuit.stages):
+        return Choice("threads", "the model keeps state in its buffers, which trials would change", ())
     excluded = why_not_frame_parallel(circuit)
     names = [name for name in CANDIDATES if name != "frame-parallel" or excluded is None]
     trials = tuple(measure(name, item, try_run, seconds / len(names)) for name in names)
@@ -57,7 +65,7 @@ def choose(
 def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, str]:
     """The best trial and the reason, from plain numbers."""
     measured = ", ".join(
-        f"{t.executor} {t.frames_per_second:.1f} frames/s at {t.latency_seconds * 1e3:.0f} ms" for t in trials
+        f"{t.name} {t.frames_per_second:.1f} frames/s at {t.latency_seconds * 1e3:.0f} ms" for t in trials
     )
     keeping_up = [t for t in trials if frame_rate is not None and t.frames_per_second >= 1.05 * frame_rate]
     if keeping_up:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -18,6 +18,7 @@ from sidestream.engine.tick import Fed
 from sidestream.errors import InputError, LayoutError
 from sidestream.types import Frame, InputSpec
 
+_NO_MORE = object()
 Tick = tuple[list[Any], Fed | None]
 Prepare = InputSpec | Callable[[Frame], Any] | None
 
@@ -27,7 +28,8 @@ class Feed:
 
     ``frames`` may hold ``Frame`` (turned into the model's input by ``prepare``), tensors BCHW (taken as they are),
     tuples (several positional inputs) or dicts (keyword inputs). When the stream ends and the circuit mixes frames
-    of different ages, the last frame is repeated until every frame is answered. ``stop()`` ends it early.
+    of different ages, the last frame is repeated until every frame is answered. ``stop()`` ends it early. What the
+    source or ``prepare`` raises ends the stream too, and is kept as ``failure`` until what is in flight is answered.
     """
 
     def __init__(self, frames: Iterable[Any], circuit: Circuit, *, prepare: Prepare, clock: Clock) -> None:
@@ -35,42 +37,54 @@ class Feed:
         self._circuit = circuit
         self._prepare = prepare if prepare is not None else circuit.input_spec
         self._clock = clock
-        self._stopped = threading.Event()
+        self._is_stopped = False  # a plain flag: stop() may be called from a signal handler
+        self.failure: Exception | None = None
         self._num_drain = latency_ticks(circuit) if mixes_ages(circuit) else 0
         self._last: list[Any] | None = None
         self.num_frames = 0
+        """Frames taken from the stream and prepared."""
+        info = getattr(frames, "info", None)
+        self.may_read_ahead = info is not None and not getattr(frames, "wants_latency", True)
+        """Whether a frame may be taken before there is room for it: from a file, whose next frame grows no older."""
 
     def stop(self) -> None:
         """End the stream after the frame at hand; what is in flight is still answered."""
-        self._stopped.set()
+        self._is_stopped = True
 
     @property
     def is_stopped(self) -> bool:
-        return self._stopped.is_set()
+        return self._is_stopped
 
     def __iter__(self) -> Iterator[Tick]:
         return self
 
     def __next__(self) -> Tick:
-        if not self._stopped.is_set():
+        if not self._is_stopped:
             try:
-                return self._tick(next(self._frames))
-            except StopIteration:
-                self._stopped.set()
+                item = next(self._frames, _NO_MORE)
+                if item is not _NO_MORE:
+                    return self._tick(item)
+            except StopIteration as error:  # from a prepare function: no end of the stream
+                self.failure = RuntimeError("the prepare function raised StopIteration")
+                self.failure.__cause__ = error
+            except Exception as error:
+                self.failure = error
+            self._is_stopped = True
         if self._last is None or self._num_drain <= 0:
             raise StopIteration
         self._num_drain -= 1
         return self._last, None
 
     def _tick(self, item: Any) -> Tick:
-        position, self.num_frames = self.num_frames, self.num_frames + 1
+        position = self.num_frames
         if isinstance(item, Frame):
-            fed = Fed(item.index, item.pts_seconds, item.arrived_at_seconds, item)
+            arrived_at = self._clock.now() if item.arrived_at_seconds is None else item.arrived_at_seconds
+            fed = Fed(item.index, item.pts_seconds, arrived_at, item)
             leaves = self._leaves(self._prepared(item))
         else:
-            fed = Fed(position, float(position), self._clock.now(), None)
+            fed = Fed(position, math.nan, self._clock.now(), None)
             leaves = self._leaves(item)
-        self._last = leaves
+        self._last, self.num_frames = leaves, position + 1
         return leaves, fed
 
     def _prepared(self, frame: Frame) -> Any:

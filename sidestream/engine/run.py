@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from sidestream.engine.feed import Feed, Prepare
 from sidestream.engine.rules.forward import Forward
 from sidestream.engine.tick import Machine, Rule
 from sidestream.errors import InputError
+from sidestream.report.measure import num_cores
 from sidestream.types import Frame, Output
 
 EXECUTORS = ("auto", "inline", "threads", "sequential", "frame-parallel")
@@ -34,8 +34,8 @@ class RunStats:
     executor: str
     num_workers: int
     num_answered: int = 0
-    started_at_seconds: float = 0.0
-    ended_at_seconds: float = 0.0
+    first_arrived_at_seconds: float | None = None
+    last_made_at_seconds: float = 0.0
     latencies_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_KEPT_LATENCIES))
     """From arrival to answer, of the last 10,000 answers."""
     busy_seconds: tuple[float, ...] = ()
@@ -43,9 +43,19 @@ class RunStats:
     num_frames: int = 0
     """Frames taken from the stream."""
 
+    def book(self, output: Output) -> None:
+        """Count an answer."""
+        self.num_answered += 1
+        self.latencies_seconds.append(output.latency_seconds)
+        if self.first_arrived_at_seconds is None:
+            self.first_arrived_at_seconds = output.arrived_at_seconds
+        self.last_made_at_seconds = max(self.last_made_at_seconds, output.made_at_seconds)
+
     @property
     def elapsed_seconds(self) -> float:
-        return self.ended_at_seconds - self.started_at_seconds
+        """From the arrival of the first answered frame to the last answer."""
+        first = self.first_arrived_at_seconds
+        return 0.0 if first is None else self.last_made_at_seconds - first
 
     @property
     def frames_per_second(self) -> float:
@@ -58,35 +68,41 @@ class RunStats:
 
 
 class Run(Iterator[Output]):
-    """An iterator of answers, in the order of their frames. ``stop()`` ends it early, and drains; ``close()`` drops
-    what is in flight. ``stats`` are the books, ``choice`` what ``executor="auto"`` found."""
+    """An iterator of answers, in the order of their frames.
+
+    ``stop()`` ends it early, and drains; ``close()`` drops what is in flight. ``stats`` are the books, ``choice`` is
+    what ``executor="auto"`` found. What the source raises comes after the answers to the frames before. Ctrl-C while
+    an answer is waited for drains too under "threads" and "frame-parallel", and is raised after the last answer.
+    """
 
     def __init__(self, outputs: Iterator[Output], feed: Feed, machines: list[Machine], stats: RunStats) -> None:
         self._outputs, self._feed, self._machines = outputs, feed, machines
         self.stats = stats
         self.choice: Choice | None = None
-        self._clock: Clock = WALL
 
     def __iter__(self) -> Run:
         return self
 
     def __next__(self) -> Output:
         try:
-            output = next(self._outputs)
+            output = next(self._outputs, None)
         except KeyboardInterrupt:
             self.close()
             raise
         finally:
-            self._book()
-        self.stats.num_answered += 1
-        self.stats.latencies_seconds.append(output.latency_seconds)
+            self._look_at_the_machines()
+        if output is None:
+            if (failure := self._feed.failure) is not None:
+                self._feed.failure = None
+                raise failure
+            raise StopIteration
+        self.stats.book(output)
         return output
 
-    def _book(self) -> None:
+    def _look_at_the_machines(self) -> None:
         stages = zip(*([cell.busy_seconds for cell in m.cells] for m in self._machines), strict=True)
         self.stats.busy_seconds = tuple(map(sum, stages))
         self.stats.num_frames = self._feed.num_frames
-        self.stats.ended_at_seconds = self._clock.now()
 
     def stop(self) -> None:
         """Take no more frames; those in flight are still answered. Safe to call from a signal handler."""
@@ -135,9 +151,9 @@ def run(
     options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, clock)
     if executor != "auto":
         return _start(circuit, frames, executor, options)
-    first, frames = _peek(frames)
+    first, frames = _peek(frames, clock)
     if first is None:
-        return _start(circuit, frames, "threads", options)
+        return _start(circuit, (), "threads", options)
     choice = choose(
         circuit,
         first,
@@ -147,11 +163,6 @@ def run(
     started = _start(circuit, frames, choice.executor, options)
     started.choice = choice
     return started
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
@@ -168,7 +179,7 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
     if executor == "sequential":
         circuit = undelayed(circuit)
     feed = Feed(frames, circuit, prepare=options.prepare, clock=clock)
-    stats = RunStats(executor, num_threads, started_at_seconds=clock.now())
+    stats = RunStats(executor, num_threads)
     machines = [Machine(circuit, rule)]
     outputs: Iterator[Output]
     if executor == "inline":
@@ -180,9 +191,7 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
         outputs = threads(machines[0], feed, clock=clock, num_workers=workers, max_in_flight=options.max_in_flight)
     else:
         machines, outputs = frame_parallel(circuit, rule, feed, clock=clock, num_workers=num_threads)
-    started = Run(outputs, feed, machines, stats)
-    started._clock = clock
-    return started
+    return Run(outputs, feed, machines, stats)
 
 
 def _with_intra_op(outputs: Iterator[Output], num_threads: int) -> Iterator[Output]:
@@ -200,31 +209,35 @@ def _with_intra_op(outputs: Iterator[Output], num_threads: int) -> Iterator[Outp
 
 
 class _Peeked:
-    """An iterable whose first item has been looked at; keeps the source's ``info`` in reach."""
+    """An iterable whose first item has been looked at; what else the source knows stays in reach."""
 
-    def __init__(self, first: Any, rest: Iterator[Any], source: Any) -> None:
-        self._items = itertools.chain([first], rest)
-        self.info = getattr(source, "info", None)
+    def __init__(self, first: Any, rest: Iterator[Any], source: Any, clock: Clock) -> None:
+        self._source, self._clock = source, clock
+        self._first, self._rest = first, rest
 
     def __iter__(self) -> Iterator[Any]:
-        return self._items
+        first = self._first
+        if isinstance(first, Frame) and not getattr(self._source, "wants_latency", False):
+            first = replace(first, arrived_at_seconds=self._clock.now())  # a file's frame did not wait for the trials
+        return itertools.chain([first], self._rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
 
 
-def _peek(frames: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+def _peek(frames: Iterable[Any], clock: Clock) -> tuple[Any, Iterable[Any]]:
     rest = iter(frames)
     first = next(rest, None)
-    return first, (frames if first is None else _Peeked(first, rest, frames))
+    return first, _Peeked(first, rest, frames, clock)
 
 
 def _live_rate(frames: Iterable[Any]) -> float | None:
-    """Frame rate of a live source; None for a file, which wants throughput only."""
+    """Frame rate of a live source, or of a file replayed as one; None for a file, which wants throughput only."""
     info = getattr(frames, "info", None)
-    return getattr(info, "frame_rate", None) if getattr(info, "is_live", False) else None
+    return getattr(info, "frame_rate", None) if getattr(frames, "wants_latency", False) else None
 
 
 def _arriving(items: Iterator[Any], clock: Clock) -> Iterator[Any]:
     """Frames of a trial arrive when they are taken, so that their latency is that of the executor."""
-    import dataclasses
-
     for item in items:
-        yield dataclasses.replace(item, arrived_at_seconds=clock.now()) if isinstance(item, Frame) else item
+        yield replace(item, arrived_at_seconds=clock.now()) if isinstance(item, Frame) else item

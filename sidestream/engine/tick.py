@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch.utils import _pytree as pytree
 
-from sidestream.circuit.ages import latency_ticks
+from sidestream.circuit.ages import lags_of, latency_ticks, look_ahead_ticks
 from sidestream.circuit.stage import NOTHING, SOURCE, Stage, State
 from sidestream.circuit.wire import Circuit, Wire
 from sidestream.types import Frame, Output
@@ -34,6 +34,8 @@ class Message(NamedTuple):
 
 
 SILENCE = Message(NOTHING)
+END = Message("end of the stream")
+"""Follows the last tick on every line: who reads it finishes and passes it on."""
 Line = deque[Message]
 
 
@@ -61,7 +63,9 @@ class Cell:
     period: int
     phase: int
     state: State = None
+    lag: int = 0
     tick: int = 0
+    has_ended: bool = False
     held: Sequence[Message] = ()
     busy_seconds: float = 0.0
     fed_back: dict[int, Message] = field(default_factory=dict)
@@ -69,13 +73,17 @@ class Cell:
 
     @property
     def is_ready(self) -> bool:
-        return all(self.inbox)
+        return not self.has_ended and all(self.inbox)
 
 
 class Rule(Protocol):
     """What one cell does in one tick: messages in (one per input), messages out (one per output)."""
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]: ...
+
+    def finish(self, cell: Cell) -> Sequence[Sequence[Message]]:
+        """What the cell still owes at the end of the stream: rows of messages, one per output."""
+        ...
 
 
 @dataclass(slots=True)
@@ -90,6 +98,7 @@ class Machine:
     _sink: list[Line] = field(init=False)
     _fed: deque[Fed] = field(init=False, default_factory=deque)
     _tick: int = field(init=False, default=0)
+    has_ended: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         K = self.circuit.num_stages
@@ -102,7 +111,7 @@ class Machine:
                 inboxes[number].append(line)
                 outboxes[wire.source][wire.output].append(line)
         self._source = outboxes[SOURCE]
-        self.latency = latency_ticks(self.circuit)
+        self.latency = latency_ticks(self.circuit) + look_ahead_ticks(self.circuit)
         for number in range(1, K + 1):  # a stage that reads nothing still ticks with the source
             if not inboxes[number]:
                 inboxes[number].append(deque([SILENCE] * self.latency))
@@ -115,40 +124,64 @@ class Machine:
         back = {w.input: _initial(w) for w in self.circuit.wires_into(number) if w.is_feedback}
         period, phase = self.circuit.periods[number - 1], self.circuit.phases[number - 1]
         state = stage.init_state() if stage.init_state else None
-        return Cell(number, stage, inbox, outbox, period, phase, state, fed_back=back)
+        lag = lags_of(self.circuit)[number]
+        return Cell(number, stage, inbox, outbox, period, phase, state, lag, fed_back=back)
 
     def feed(self, leaves: Sequence[Any], fed: Fed | None) -> None:
-        """Start a tick: one value per leaf of the model's input, or NOTHING for each when the stream has ended."""
+        """Start a tick: one value per leaf of the model's input; ``fed`` is None in a tick that repeats a frame."""
         index = fed.frame_index if fed else None
         for leaf, lines in zip(leaves, self._source, strict=True):
-            message = SILENCE if leaf is NOTHING else Message(leaf, index, index)
             for line in lines:
-                line.append(message)
+                line.append(Message(leaf, index, index))
         if fed is not None:
             self._fed.append(fed)
 
     def fire(self, cell: Cell) -> None:
         """Let one ready cell do its work of one tick."""
         messages = [line.popleft() for line in cell.inbox]
+        if any(m is END for m in messages):
+            self._finish(cell)
+            return
         for n, held in cell.fed_back.items():
             messages[n] = cell.fed_back[n] = held if messages[n].value is NOTHING else messages[n]
-        for lines, message in zip(cell.outbox, self.rule.fire(cell, messages), strict=True):
+        self._write(cell, self.rule.fire(cell, messages))
+
+    @staticmethod
+    def _write(cell: Cell, messages: Sequence[Message]) -> None:
+        for lines, message in zip(cell.outbox, messages, strict=True):
             for line in lines:
                 line.append(message)
         cell.tick += 1
 
-    @property
-    def silence(self) -> list[Any]:
-        """What to feed in a tick without a frame."""
-        return [NOTHING] * len(self._source)
+    def _finish(self, cell: Cell) -> None:
+        """What the cell owes, each in the tick of the frame it belongs to, then the end."""
+        num_outputs = cell.stage.num_outputs
+        for messages in self.rule.finish(cell):
+            while (frame := cell.tick - cell.lag - cell.stage.delay_ticks) < 0 or frame % cell.stage.period_ticks:
+                self._write(cell, (SILENCE,) * num_outputs)
+            self._write(cell, messages)
+        self._write(cell, (END,) * num_outputs)
+        cell.has_ended = True
+
+    def end(self) -> None:
+        """The stream has ended: no more frames will be fed."""
+        for lines in self._source:
+            for line in lines:
+                line.append(END)
 
     @property
     def can_collect(self) -> bool:
-        return all(self._sink)
+        return not self.has_ended and all(self._sink)
 
     def collect(self, now_seconds: float) -> tuple[bool, Output | None]:
-        """End a tick at the sink: whether it ends the wait of some frame, and the answer if there is one."""
+        """End a tick at the sink: whether it ends the wait of some frame, and the answer if there is one.
+
+        Sets ``has_ended`` when the end of the stream has come through.
+        """
         messages = [line.popleft() for line in self._sink]
+        if any(m is END for m in messages):
+            self.has_ended = True
+            return False, None
         tick, self._tick = self._tick, self._tick + 1
         if tick < self.latency or not self._fed:
             return False, None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,10 @@ from sidestream.circuit.stage import Stages
 from sidestream.circuit.wire import Circuit
 from sidestream.circuit.wiring import pipelined
 from sidestream.engine.auto import Trial, measure, pick
-from sidestream.engine.backends import available_backends, compile_stages
-from sidestream.engine.run import Run, num_cores, run
+from sidestream.engine.backends import available_backends, compile_stages, cut_for_backend, require_backend
+from sidestream.engine.run import Run, run
 from sidestream.errors import InputError
+from sidestream.report.measure import num_cores
 
 log = logging.getLogger("sidestream.engine")
 FAST_TO_BUILD = ("eager", "onnxruntime", "openvino")
@@ -46,72 +47,106 @@ def tune(
     *,
     num_stages: int | str = "auto",
     backends: Sequence[str] | str = "auto",
+    num_threads: int | None = None,
     frame_rate: float | None = None,
     seconds: float = 1.0,
     on_progress: Callable[[str], None] | None = None,
 ) -> Tuned:
-    """Measure each candidate for a share of ``seconds`` per back end and number of stages, and pick.
+    """Measure each candidate for ``seconds`` (four answers at least) and pick.
 
+    ``backends``: names, or "auto" for eager and, where installed, ONNX Runtime and OpenVINO. With "auto" a back end
+    that cannot run the model is left out, with a log line; one that was named raises.
+    ``num_threads``: workers, or threads inside of a whole model; default: all cores.
     ``frame_rate``: of a live source; candidates that keep up with it are ranked by latency, else by throughput.
-    ``backends``: names, or "auto" for eager and, where installed, ONNX Runtime and OpenVINO.
     """
+    search = _Search(model, example, num_threads or num_cores(), seconds)
     names = _backend_names(backends)
-    found: list[tuple[Trial, Circuit, str]] = []
-    cuts = _cuts(model, example, num_stages)
+    cuts = _cuts(model, example, num_stages, search.num_threads)
+    if any(stage.hides_state for stage in cuts[-1]):
+        why = "the model keeps state in its buffers, which trials would change"
+        return Tuned(pipelined(cuts[-1]), "threads", "eager", why, ())
     for stages in cuts:
-        for backend in names:
+        for name in names:
             if on_progress:
-                on_progress(f"{backend}, {len(stages)} stages")
-            found += _try(stages, backend, example, seconds, _executors(stages, is_only=len(cuts) == 1))
-    best, reason = pick(tuple(t for t, _, _ in found), frame_rate)
-    _, circuit, backend = next(f for f in found if f[0] is best)
-    return Tuned(circuit, best.executor.rsplit(maxsplit=1)[-1], backend, reason, tuple(t for t, _, _ in found))
+                on_progress(f"{name}, {len(stages)} stages")
+            search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto")
+    best, reason = pick(tuple(f.trial for f in search.found), frame_rate)
+    found = next(f for f in search.found if f.trial is best)
+    return Tuned(found.circuit, best.executor, found.backend, reason, tuple(f.trial for f in search.found))
 
 
-def _cuts(model: nn.Module, example: Any, num_stages: int | str) -> list[Stages]:
+@dataclass(frozen=True)
+class _Found:
+    trial: Trial
+    circuit: Circuit
+    backend: str
+
+
+@dataclass
+class _Search:
+    """The trials so far."""
+
+    model: nn.Module
+    example: Any
+    num_threads: int
+    seconds: float
+    found: list[_Found] = field(default_factory=list)
+
+    def try_backend(self, stages: Stages, backend: str, *, is_only_cut: bool, may_fail: bool) -> None:
+        """Trials of one back end on one cut."""
+        try:
+            for executor in self._executors(stages, is_only_cut=is_only_cut):
+                circuit = pipelined(self._compiled(stages, backend, executor))
+                item = self.example if isinstance(self.example, tuple | dict) else (self.example,)
+                trial = measure(executor, item, partial(self._run, circuit), self.seconds)
+                setting = f"{backend} in {len(stages)} stage{'s' * (len(stages) > 1)}"
+                self.found.append(_Found(replace(trial, setting=setting), circuit, backend))
+        except InputError as error:
+            if backend == "eager" or not may_fail:
+                raise
+            log.warning("%s is left out: %s", backend, error)
+
+    def _compiled(self, stages: Stages, backend: str, executor: str) -> Stages:
+        """Stages on ``backend``: whole models with threads inside, those that run side by side with one thread each,
+        and rows of stages balanced by what they cost there."""
+        if executor == "threads" and backend != "eager" and not stages.is_stateful:
+            return cut_for_backend(
+                self.model,
+                self.example,
+                backend,
+                num_stages=len(stages),
+                num_workers=self.num_threads,
+                name=stages.name,
+                input_spec=stages.input_spec,
+            )
+        return compile_stages(stages, backend, num_threads=self.num_threads if executor == "sequential" else 1)
+
+    def _executors(self, stages: Stages, *, is_only_cut: bool) -> list[str]:
+        """Which executors make sense for a cut."""
+        if self.num_threads == 1:
+            return ["sequential"]
+        whole = ["sequential"] if stages.is_stateful else ["sequential", "frame-parallel"]
+        staged = ["threads"] if len(stages) > 1 else []
+        return whole + staged if is_only_cut or not staged else staged
+
+    def _run(self, circuit: Circuit, executor: str, items: Iterator[Any]) -> Run:
+        return run(circuit, items, executor=executor, num_threads=self.num_threads)
+
+
+def _cuts(model: nn.Module, example: Any, num_stages: int | str, num_workers: int) -> list[Stages]:
     """The model whole and in stages; with a given number of stages only so."""
     whole = [cut(model, example, num_stages=1)] if num_stages == "auto" else []
-    staged = cut(model, example, num_stages=num_stages)
+    staged = cut(model, example, num_stages=num_stages, num_workers=num_workers)
     return [*whole, staged] if len(staged) > 1 or not whole else whole
 
 
 def _backend_names(backends: Sequence[str] | str) -> list[str]:
-    if isinstance(backends, str):
-        usable = [name for name, why_not in available_backends().items() if why_not is None]
-        return [n for n in FAST_TO_BUILD if n in usable] if backends == "auto" else [backends]
-    if not backends:
+    usable = available_backends()
+    if backends == "auto":
+        return [name for name in FAST_TO_BUILD if usable.get(name) is None]
+    names = [backends] if isinstance(backends, str) else list(backends)
+    if not names:
         raise InputError("backends is empty; name at least one, or 'auto'")
-    return list(backends)
-
-
-def _try(
-    stages: Stages, backend: str, example: Any, seconds: float, executors: Sequence[tuple[str, int]]
-) -> list[tuple[Trial, Circuit, str]]:
-    """Trials of one back end on one cut; a back end that cannot run the model is left out, with a log line."""
-    item = example if isinstance(example, tuple | dict) else (example,)
-    found = []
-    for executor, num_threads in executors:
-        try:
-            circuit = pipelined(compile_stages(stages, backend, num_threads=num_threads))
-        except InputError as error:
-            if backend == "eager":
-                raise
-            log.warning("%s is left out: %s", backend, error)
-            return []
-        trial = measure(executor, item, partial(_run, circuit), seconds)
-        label = f"{backend} in {len(stages)} stage{'s' * (len(stages) > 1)}, {executor}"
-        found.append((replace(trial, executor=label), circuit, backend))
-    return found
-
-
-def _executors(stages: Stages, *, is_only: bool) -> list[tuple[str, int]]:
-    """Which executors make sense for a cut, each with the threads that a stage may use inside."""
-    if num_cores() == 1:
-        return [("sequential", 1)]
-    whole = [("sequential", num_cores())] + ([] if stages.is_stateful else [("frame-parallel", 1)])
-    staged = [("threads", 1)] if len(stages) > 1 else []
-    return whole + staged if is_only or not staged else staged
-
-
-def _run(circuit: Circuit, executor: str, items: Iterator[Any]) -> Run:
-    return run(circuit, items, executor=executor)
+    for name in names:
+        require_backend(name)
+    return names

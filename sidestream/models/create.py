@@ -39,8 +39,12 @@ class Library(Protocol):
         ...
 
 
-# In the order in which a bare name is looked up. A new family is a new module and a line here.
-LIBRARIES = {"sidestream": "efficientnet_lite", "torchvision": "torchvision_zoo", "timm": "timm_zoo"}
+# In the order in which a bare name is looked up. A new family is a new module, named here.
+LIBRARIES: dict[str, tuple[str, ...]] = {
+    "sidestream": ("efficientnet_lite", "i3d", "tsm", "recurrent", "timesformer"),
+    "torchvision": ("torchvision_zoo",),
+    "timm": ("timm_zoo",),
+}
 
 
 def create_model(
@@ -80,7 +84,7 @@ def list_models(pattern: str = "*") -> list[str]:
     """Full names that match ``pattern`` (as in a shell: ``"*vit*"``, ``"timm/*"``), with or without the library."""
     found = []
     for prefix in LIBRARIES:
-        for inner in _library(prefix).names():
+        for inner in _names(prefix):
             full = _full(prefix, inner)
             if fnmatchcase(full, pattern) or fnmatchcase(inner, pattern):
                 found.append(full)
@@ -120,14 +124,14 @@ def _resolve(name: str) -> tuple[Library, str]:
         raise ModelError(f"unknown library {prefix!r} in the model name {name!r}; there are {', '.join(LIBRARIES)}")
     inner = rest if slash else name
     for candidate in [prefix] if slash else LIBRARIES:
-        library = _library(candidate)
-        if inner in library.names():
-            return library, inner
+        for library in _libraries(candidate):
+            if inner in library.names():
+                return library, inner
     raise ModelError(f"unknown model {name!r}; {_nearest(inner)}list all with 'sidestream models'")
 
 
 def _nearest(inner: str) -> str:
-    bare = {n: _full(prefix, n) for prefix in reversed(LIBRARIES) for n in _library(prefix).names()}
+    bare = {n: _full(prefix, n) for prefix in reversed(LIBRARIES) for n in _names(prefix)}
     near = difflib.get_close_matches(inner.lower(), bare, n=4, cutoff=0.5)
     return f"the nearest names are {', '.join(bare[n] for n in near)}; " if near else ""
 
@@ -136,8 +140,16 @@ def _full(prefix: str, inner: str) -> str:
     return inner if prefix == "sidestream" else f"{prefix}/{inner}"
 
 
-def _library(prefix: str) -> Library:
-    module = cast(Library, importlib.import_module(f"sidestream.models.{LIBRARIES[prefix]}"))
+def _names(prefix: str) -> list[str]:
+    return [name for library in _libraries(prefix) for name in library.names()]
+
+
+def _libraries(prefix: str) -> list[Library]:
+    return [_library(prefix, module) for module in LIBRARIES[prefix]]
+
+
+def _library(prefix: str, name: str) -> Library:
+    module = cast(Library, importlib.import_module(f"sidestream.models.{name}"))
     try:
         module.names()
     except Exception as error:  # a torchvision that does not match torch fails with RuntimeError

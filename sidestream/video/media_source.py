@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +11,7 @@ from pathlib import Path
 from sidestream.errors import SourceError
 from sidestream.types import Frame
 from sidestream.video.decode import Decoder, Opening, Picture
+from sidestream.video.policy import WAKE_SECONDS
 from sidestream.video.source_kind import Source, camera_device, source_kind
 from sidestream.video.sources import StreamInfo, StreamOptions
 from sidestream.video.timeline import Timeline
@@ -32,7 +33,7 @@ class MediaSource:
         self.num_reconnects = 0
         self._kind, self._options, self._loop = source_kind(source), options, loop
         self._name, self._opening = opening_of(source, frame_rate, options)
-        self._stopped = threading.Event()
+        self._stopped = False
         self._num_corrupt_before = 0
         self._last_raw_seconds: float | None = None
         self._decoder, self._first, self._rest = open_media(self._name, self._opening)
@@ -54,13 +55,13 @@ class MediaSource:
             for picture in self._one_connection():
                 yield self._place(picture, index)
                 index += 1
-                if self._stopped.is_set():
+                if self._stopped:
                     return
             if not self._again():
                 return
 
     def stop(self) -> None:
-        self._stopped.set()
+        self._stopped = True
 
     def close(self) -> None:
         self._decoder.close()
@@ -77,7 +78,7 @@ class MediaSource:
 
     def _again(self) -> bool:
         """Start again after the end, where that is wanted; False ends the stream."""
-        if self._stopped.is_set():
+        if self._stopped:
             return False
         if self.info.is_live:
             return self._reconnect()
@@ -101,7 +102,7 @@ class MediaSource:
                 "%s dropped out (%s); attempt %d of %d to reconnect in %.1f s",
                 self._name, reason, attempt + 1, self._options.max_reconnects, wait_seconds,
             )  # fmt: skip
-            if self._stopped.wait(wait_seconds):
+            if not self._sleep(wait_seconds):
                 return False
             try:
                 self._replace_decoder(open_media(self._name, self._opening))
@@ -115,6 +116,13 @@ class MediaSource:
             return True
         LOG.warning("%s is gone for good after %d attempts; the stream ends", self._name, self._options.max_reconnects)
         return False
+
+    def _sleep(self, seconds: float) -> bool:
+        """Wait; False as soon as it is to stop (a plain flag, looked at often: see ``FrameSource.stop``)."""
+        until_seconds = time.monotonic() + seconds
+        while not self._stopped and (left_seconds := until_seconds - time.monotonic()) > 0:
+            time.sleep(min(left_seconds, WAKE_SECONDS))
+        return not self._stopped
 
     def _pass_over_seen(self) -> bool:
         """In a file opened again, go to the first picture that has not been given yet; False where there is none."""
@@ -172,6 +180,8 @@ def _network(source: Source, frame_rate: float | None, options: StreamOptions) -
     wanted = dict(options.ffmpeg_options)
     if str(source).lower().startswith("rtsp"):
         wanted.setdefault("rtsp_transport", "tcp")
+    if "listen" in wanted.get("rtsp_flags", ""):  # FFmpeg's own default is a number that FFmpeg refuses
+        wanted.setdefault("listen_timeout", str(math.ceil(options.open_timeout_seconds)))
     timeouts = (options.open_timeout_seconds, options.read_timeout_seconds)
     return str(source), Opening(None, timeouts, wanted, options.decode_threads)
 

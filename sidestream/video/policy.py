@@ -34,11 +34,25 @@ def parse_policy(text: str) -> Policy:
     raise InputError(f"policy {text!r} is not known; use 'newest', 'lossless' or 'bounded:N' with N >= 1")
 
 
-class Mailbox:
-    """A short queue between the thread that reads a source and the one that uses it; the oldest is dropped."""
+WAKE_SECONDS = 0.1
+"""A waiting reader looks up so often, for a stop or for Ctrl-C."""
 
-    def __init__(self, capacity: int) -> None:
+
+class StopFlag:
+    """Set once, seen by every thread. A plain attribute and no lock, so that a signal handler may set it."""
+
+    is_set = False
+
+
+class Mailbox:
+    """A short queue between the thread that reads a source and the one that uses it; the oldest is dropped.
+
+    When ``stopped`` is set, a waiting reader gets None within 0.1 s, whether frames wait or not.
+    """
+
+    def __init__(self, capacity: int, stopped: StopFlag | None = None) -> None:
         self.num_dropped = 0
+        self._stopped = stopped or StopFlag()
         self._waiting: deque[Frame] = deque(maxlen=capacity)
         self._changed = threading.Condition()
         self._finished = False
@@ -57,6 +71,16 @@ class Mailbox:
             self._finished, self._error = True, self._error or error
             self._changed.notify_all()
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._waiting
+
+    def flush(self) -> None:
+        """Throw away what waits, uncounted, and count drops from zero again."""
+        with self._changed:
+            self._waiting.clear()
+            self.num_dropped = 0
+
     def get(self) -> Frame | None:
         """The oldest waiting frame, waiting for one if need be; None at the end.
 
@@ -64,8 +88,10 @@ class Mailbox:
             BaseException: whatever ended the source, as given to ``finish``.
         """
         with self._changed:
-            while not self._waiting and not self._finished:
-                self._changed.wait(0.5)  # wakes up now and then, so that Ctrl-C gets through
+            while not (self._waiting or self._finished or self._stopped.is_set):
+                self._changed.wait(WAKE_SECONDS)
+            if self._stopped.is_set:
+                return None
             if self._waiting:
                 return self._waiting.popleft()
             if self._error is not None:

@@ -74,7 +74,7 @@ class FrameSource(Protocol):
     def frames(self) -> Iterator[Frame]: ...
 
     def stop(self) -> None:
-        """Ask ``frames`` to end soon; may be called from another thread."""
+        """Ask ``frames`` to end soon: from any thread or a signal handler, so set a plain flag and take no lock."""
 
     def close(self) -> None: ...
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from sidestream.clock import WALL, Clock, WallClock
 from sidestream.errors import InputError
 from sidestream.types import Frame
 from sidestream.video.media_source import MediaSource
-from sidestream.video.policy import Mailbox, Policy, parse_policy
+from sidestream.video.policy import Mailbox, Policy, StopFlag, parse_policy
+from sidestream.video.replay import SimulatedReplay, arriving, due_frames
 from sidestream.video.source_kind import Source, source_kind
 from sidestream.video.sources import FolderSource, FrameSource, StreamInfo, StreamOptions, SyntheticSource
 
@@ -91,6 +91,9 @@ class Stream:
     "lossless" pulls: a frame is decoded when it is asked for, so memory is bounded. The other policies read ahead in
     a thread of their own and keep the newest frames. A replay on a clock that is not the wall clock is simulated
     without a thread, so that it gives the same frames every time.
+
+    Threads: ``stop`` and ``close`` may be called from any thread, and from a signal handler, while another one is
+    inside ``next``. Whoever works inside the source closes it: the reader thread, or the thread that pulls.
     """
 
     def __init__(
@@ -99,28 +102,46 @@ class Stream:
         self.info: StreamInfo = source.info
         self.policy = policy
         self._source, self._clock, self._real_time, self._max_frames = source, clock, real_time, max_frames
-        self._num_frames, self._num_skipped, self._closed = 0, 0, False
-        self._mailbox = Mailbox(policy.capacity) if policy.capacity else None
+        self._num_frames = 0
+        self._stopped = StopFlag()
+        self._working = threading.Lock()
+        """Held by who is inside the source, or starts the thread that will be; ``close`` never waits for it."""
+        self._source_is_closed = False
         self._thread: threading.Thread | None = None
+        self._mailbox = Mailbox(policy.capacity, self._stopped) if policy.capacity else None
+        self._simulated: SimulatedReplay | None = None
         self._pulled: Iterator[Frame] | None = None
-        if self._mailbox and self.info.is_live:
-            self._start_thread()
+        if self._mailbox is None:
+            self._pulled = self._arriving_frames()
+        elif real_time and not isinstance(clock, WallClock):
+            self._simulated = SimulatedReplay(source.frames(), self._mailbox, clock)
+        elif self.info.is_live:
+            self._thread = self._started_thread(self._mailbox)
 
     @property
     def stats(self) -> StreamStats:
-        dropped = self._num_skipped + (self._mailbox.num_dropped if self._mailbox else 0)
-        return StreamStats(self._num_frames, dropped, self._source.num_corrupt_packets, self._source.num_reconnects)
+        num_dropped = self._mailbox.num_dropped if self._mailbox else 0
+        return StreamStats(self._num_frames, num_dropped, self._source.num_corrupt_packets, self._source.num_reconnects)
+
+    @property
+    def wants_latency(self) -> bool:
+        """True where frames come at their own pace, live or replayed in real time: an answer should follow soon."""
+        return self.info.is_live or self._real_time
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> Frame:
-        if self._closed or self._num_frames == self._max_frames:
+        frame = None
+        try:
+            if not self._stopped.is_set and self._num_frames != self._max_frames:
+                frame = self._take()
+        finally:
+            if self._stopped.is_set:  # maybe while we were inside the source, so that nobody else could close it
+                self._release(wait_seconds=0.0)
+        if frame is None and not self._stopped.is_set:
             self.close()
-            raise StopIteration
-        frame = self._take()
-        if frame is None:
-            self.close()
+        if frame is None or self._stopped.is_set:
             raise StopIteration
         self._num_frames += 1
         return frame
@@ -135,88 +156,86 @@ class Stream:
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
-            self.close()
+            self.stop()
+            self._release(wait_seconds=0.0)
+
+    def catch_up(self) -> None:
+        """Go on from now: throw away the frames that wait, and count dropped frames from zero.
+
+        For a source that was opened some time before its first frame is wanted. What a live source sent since then is
+        neither given nor counted as dropped; ``index`` shows the gap. Nothing waits in a file before the first frame
+        is taken. A live source under "lossless" keeps what it has: nobody but the system holds its frames.
+        """
+        if self._mailbox is None:
+            return
+        with self._working:
+            if self._simulated is not None and not self._stopped.is_set:
+                self._simulated.put_due()
+            self._mailbox.flush()
+
+    def stop(self) -> None:
+        """End soon: no more frames are given, waiting ones included. Only sets flags; ``close`` lets go of the source.
+
+        For any thread and for signal handlers. Whoever waits in ``next`` gets StopIteration within 0.2 s, and a wait
+        before a reconnect ends as soon. Two waits inside FFmpeg cannot be cut short (PyAV's interrupt knows
+        only time): a pull ("lossless") ends with the next frame or after ``read_timeout_seconds``, and an attempt to
+        reconnect after ``open_timeout_seconds``.
+        """
+        self._stopped.is_set = True
+        self._source.stop()
 
     def close(self) -> None:
-        """Let go of the source; may be called twice. Does not wait for a network that is silent."""
-        if self._closed:
-            return
-        self._closed = True
-        self._source.stop()
-        if self._thread is None:
-            self._pulled = None
-            self._source.close()
-        elif self._thread is not threading.current_thread():
-            self._thread.join(CLOSE_WAIT_SECONDS)  # the thread closes the source itself
+        """Stop, and let go of the source; may be called twice. Waits at most 2 s.
+
+        Where a thread is still inside a source that is silent, the source is closed by that thread when it comes back.
+        """
+        self.stop()
+        self._release(wait_seconds=CLOSE_WAIT_SECONDS)
+
+    def _release(self, wait_seconds: float) -> None:
+        """Close the source, unless somebody is inside; they look at ``_stopped`` when they come out, and call this."""
+        if self._working.acquire(blocking=False):
+            try:
+                if self._thread is None and not self._source_is_closed:
+                    self._source_is_closed = True
+                    self._pulled = self._simulated = None
+                    self._source.close()
+            finally:
+                self._working.release()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(wait_seconds)  # the reader thread closes the source itself
 
     def _take(self) -> Frame | None:
-        if self._mailbox is None:
-            return next(self._frames_pulled(), None)
-        if self._real_time and not isinstance(self._clock, WallClock):
-            return next(self._frames_pulled(), None)
-        if self._thread is None:
-            self._start_thread()
+        """The next frame, None at the end."""
+        with self._working:
+            if self._stopped.is_set:
+                return None
+            if self._mailbox is None:
+                return next(self._pulled, None) if self._pulled is not None else None
+            if self._simulated is not None:
+                self._simulated.put_next()
+            elif self._thread is None:
+                self._thread = self._started_thread(self._mailbox)
         return self._mailbox.get()
 
-    def _frames_pulled(self) -> Iterator[Frame]:
-        if self._pulled is None:
-            if not self._real_time:
-                self._pulled = (self._arrived(frame) for frame in self._source.frames())
-            elif self.policy.capacity is None:
-                self._pulled = due_frames(self._source.frames(), self._clock)
-            else:
-                self._pulled = self._simulated(self.policy.capacity)
-        return self._pulled
+    def _arriving_frames(self) -> Iterator[Frame]:
+        if self._real_time:
+            return due_frames(self._source.frames(), self._clock, self._stopped)
+        return arriving(self._source.frames(), self._clock)
 
-    def _arrived(self, frame: Frame) -> Frame:
-        return dataclasses.replace(frame, arrived_at_seconds=self._clock.now())
-
-    def _simulated(self, capacity: int) -> Iterator[Frame]:
-        """What the reader thread would have kept, worked out from the clock when the next frame is asked for."""
-        waiting: list[Frame] = []
-        upcoming = timed(self._source.frames(), self._clock)
-        following = next(upcoming, None)
-        while following is not None or waiting:
-            while following is not None and (not waiting or following.arrived_at_seconds <= self._clock.now()):
-                self._clock.sleep_until(following.arrived_at_seconds)
-                waiting.append(following)
-                following = next(upcoming, None)
-            self._num_skipped += max(0, len(waiting) - capacity)
-            waiting = waiting[-capacity:]
-            yield waiting.pop(0)
-
-    def _start_thread(self) -> None:
-        mailbox, source = self._mailbox, self._source
-        if mailbox is None:
-            return
-        frames = due_frames(source.frames(), self._clock) if self._real_time else None
-        self._thread = threading.Thread(
-            target=_fill, args=(mailbox, source, frames, self._clock), name="sidestream-reader", daemon=True
+    def _started_thread(self, mailbox: Mailbox) -> threading.Thread:
+        thread = threading.Thread(
+            target=_fill, args=(mailbox, self._source, self._arriving_frames()), name="sidestream-reader", daemon=True
         )
-        self._thread.start()
+        thread.start()
+        return thread
 
 
-def timed(frames: Iterator[Frame], clock: Clock) -> Iterator[Frame]:
-    """Frames with ``arrived_at_seconds`` set to when they are due, the first one now."""
-    start_seconds: float | None = None
-    for frame in frames:
-        if start_seconds is None:
-            start_seconds = clock.now() - frame.pts_seconds
-        yield dataclasses.replace(frame, arrived_at_seconds=start_seconds + frame.pts_seconds)
-
-
-def due_frames(frames: Iterator[Frame], clock: Clock) -> Iterator[Frame]:
-    """``timed`` frames, each given when it is due."""
-    for frame in timed(frames, clock):
-        clock.sleep_until(frame.arrived_at_seconds)
-        yield frame
-
-
-def _fill(mailbox: Mailbox, source: FrameSource, due: Iterator[Frame] | None, clock: Clock) -> None:
+def _fill(mailbox: Mailbox, source: FrameSource, frames: Iterator[Frame]) -> None:
     """The reader thread: every frame into the mailbox, then the source is closed."""
     try:
-        for frame in due if due is not None else source.frames():
-            mailbox.put(frame if due is not None else dataclasses.replace(frame, arrived_at_seconds=clock.now()))
+        for frame in frames:
+            mailbox.put(frame)
         mailbox.finish()
     except BaseException as error:
         mailbox.finish(error)

@@ -16,6 +16,7 @@ class Timeline:
     - A stamp that does not move on (two frames with one time) is put a hundredth of a period after the last.
     - A stamp that falls back by more than a second (the source began anew) starts one period after the last frame,
       and everything behind it is shifted alike.
+    - So does the first stamp behind a beginning that had none (RTSP begins so), unless it lies in the second after it.
     """
 
     def __init__(self, period_seconds: float, origin_seconds: float | None = None) -> None:
@@ -24,6 +25,7 @@ class Timeline:
         self._origin_seconds = origin_seconds
         self._last_seconds = 0.0 if origin_seconds is None else -math.inf
         self._pending_join = False
+        self._origin_is_guessed = False
 
     def restart(self, gap_seconds: float = 0.0) -> None:
         """The source begins anew: its next frame comes one period, plus ``gap_seconds``, after the last one."""
@@ -36,11 +38,15 @@ class Timeline:
         if raw_seconds is not None and not math.isfinite(raw_seconds):
             raw_seconds = None
         if self._origin_seconds is None:
-            self._origin_seconds = raw_seconds or 0.0
+            self._origin_seconds, self._origin_is_guessed = raw_seconds or 0.0, raw_seconds is None
             return 0.0
         following = self._last_seconds + self.period_seconds
         seconds = following if raw_seconds is None else raw_seconds - self._origin_seconds
-        if self._pending_join or seconds < self._last_seconds - RESTART_SECONDS:
+        is_astray = self._origin_is_guessed and not self._last_seconds < seconds <= self._last_seconds + RESTART_SECONDS
+        if raw_seconds is not None:
+            self._origin_is_guessed = False
+        if self._pending_join or is_astray or seconds < self._last_seconds - RESTART_SECONDS:
+            self._origin_is_guessed = raw_seconds is None
             self._pending_join = False
             self._origin_seconds = (raw_seconds or 0.0) - following
             seconds = following

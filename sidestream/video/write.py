@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sidestream.errors import LayoutError, WriteError
 from sidestream.types import Clip, Frame, Sound
+from sidestream.video.letterbox import letterbox
 from sidestream.video.sound_track import SoundTrack
 
 # suffix -> (container, video codec, its options, sound codec)
@@ -42,13 +43,14 @@ class VideoWriter:
     Args:
         path: ends in .mp4, .m4v, .mov, .mkv or .webm.
         frame_rate: nominal rate; frames that come without a time follow each other at it.
-        size_px: (height, width); default: of the first frame. Every frame must have it.
+        size_px: (height, width); default: of the first frame. Every frame must have it, unless ``fit``.
+        fit: frames of another size are scaled into ``size_px``, shape kept, with black bars (``letterbox``).
         crf: quality, 0 (lossless) to 51; 17 to 28 is usual.
         sound: written along with the pictures, at its own ``start_seconds``.
 
     Raises:
         WriteError: the place cannot be written, or its suffix is not known.
-        LayoutError: a frame of the wrong type or size.
+        LayoutError: a frame of the wrong type, or of the wrong size without ``fit``.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class VideoWriter:
         size_px: tuple[int, int] | None = None,
         crf: int = 20,
         sound: Sound | None = None,
+        fit: bool = False,
     ) -> None:
         self.path = Path(path)
         _check_target(self.path, frame_rate, crf)
@@ -66,7 +69,7 @@ class VideoWriter:
         self.num_frames = 0
         self._rate = Fraction(frame_rate).limit_denominator(1001)
         self._ticks_per_second = time_scale(self._rate)
-        self._crf, self._sound, self._size_px = crf, sound, size_px
+        self._crf, self._sound, self._size_px, self._fit = crf, sound, size_px, fit
         self._last_tick = -1
         self._closed = False
         self._track: SoundTrack | None = None
@@ -86,8 +89,12 @@ class VideoWriter:
         if self._stream is None:
             self._size_px = self._size_px or (pixels.shape[0], pixels.shape[1])
             self._start_streams(self._size_px)
+        if self._fit and self._size_px is not None:
+            pixels = letterbox(pixels, self._size_px)
         if pixels.shape[:2] != self._size_px:
-            raise LayoutError(f"frame is {pixels.shape[:2]} but {self.path} is {self._size_px}; resize it first")
+            raise LayoutError(
+                f"frame is {pixels.shape[:2]} but {self.path} is {self._size_px}; resize it first, or give fit=True"
+            )
         self._encode(pixels, self._tick(pts_seconds))
 
     def close(self) -> None:
@@ -170,7 +177,8 @@ class VideoWriter:
         picture = picture.reformat(format="yuv420p", dst_colorspace="itu601")
         picture.pts, picture.time_base = tick, Fraction(1, self._ticks_per_second)
         try:
-            self._container.mux(self._stream.encode(picture))
+            # one call in C from end to end: Ctrl-C, which Python raises between two steps, loses no packet between them
+            list(map(self._container.mux, map(self._stream.encode, (picture,))))
             if self._track is not None:
                 self._track.write_until(tick / self._ticks_per_second)
         except (av.FFmpegError, OSError) as error:
@@ -187,6 +195,7 @@ def write(
     frame_rate: float | None = None,
     sound: Sound | None = None,
     crf: int = 20,
+    fit: bool = False,
 ) -> Path:
     """Write a clip, or frames one by one as they come, and return the path.
 
@@ -195,6 +204,7 @@ def write(
         frames: a Clip (its times and its sound are kept), or any iterable of Frame or uint8 (H, W, 3) pixels.
         frame_rate: nominal; needed for bare pixels, default for a Clip is its own mean rate, else 25.
         sound: written with the pictures; default for a Clip: its own.
+        fit: scale frames of other sizes into the first one's, with black bars.
 
     Raises:
         WriteError, LayoutError: as ``VideoWriter``.
@@ -209,7 +219,7 @@ def write(
         timed: Iterable[tuple[Any, float | None]] = zip(frames.rgb_THWC, times, strict=True)
     else:
         timed = ((frame, None) for frame in frames)
-    with VideoWriter(path, frame_rate=frame_rate or 25.0, crf=crf, sound=sound) as writer:
+    with VideoWriter(path, frame_rate=frame_rate or 25.0, crf=crf, sound=sound, fit=fit) as writer:
         for frame, pts_seconds in timed:
             writer.add(frame, pts_seconds)
     return writer.path

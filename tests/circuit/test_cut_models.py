@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 import sidestream.circuit.cut as cut_file
 from contract import assert_equal
 from sidestream.circuit.cut import cut
+from sidestream.errors import CutError
 
 
 def torchvision_model(name: str, **options: Any) -> nn.Module:
@@ -172,3 +173,15 @@ def test_fused_attention_of_torch_is_kept() -> None:
     with torch.inference_mode():
         assert_equal(stages(x), model(x))
     assert all("forward" not in vars(m) for m in model.modules())
+
+
+def test_a_model_made_by_name_needs_no_example_and_brings_its_input_spec() -> None:
+    from sidestream.circuit.wiring import pipelined
+    from sidestream.models import create_model, input_spec_of
+
+    model = create_model("timm/test_resnet")
+    stages = cut(model, num_stages=2, costs="uniform")
+    assert stages.input_spec == input_spec_of(model) == pipelined(stages).input_spec
+    assert stages.name == "test_resnet"
+    with pytest.raises(CutError, match="give an example"):
+        cut(nn.ReLU())

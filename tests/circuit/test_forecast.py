@@ -10,7 +10,8 @@ import torch
 from random_circuits import random_stages
 from sidestream.circuit.forecast import forecast, register_bytes
 from sidestream.circuit.stage import Stages
-from sidestream.circuit.wiring import parallel, pipelined, sequential, with_periods
+from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, with_periods
+from sidestream.errors import CircuitError
 
 
 def stages_of(costs_seconds: list[float | None]) -> Stages:
@@ -30,6 +31,11 @@ def test_throughput_is_bounded_by_the_largest_stage_and_by_the_workers() -> None
     assert forecast(pipelined(stages), num_workers=2).frames_per_second == pytest.approx(1 / 0.04)
     assert forecast(pipelined(stages), num_workers=1).frames_per_second == pytest.approx(1 / 0.08)
     assert forecast(sequential(stages), num_workers=4).frames_per_second == pytest.approx(1 / 0.08)
+    grouped = semi_parallel(stages, groups=[2, 2])  # two frames inside: no more than two stages at work
+    assert forecast(grouped, num_workers=4).frames_per_second == pytest.approx(1 / 0.04)
+    assert forecast(semi_parallel(stages, groups=1), num_workers=4).frames_per_second == pytest.approx(1 / 0.08)
+    with pytest.raises(CircuitError, match="0 workers"):
+        forecast(grouped, num_workers=0)
     assert forecast(pipelined(stages), num_workers=4).largest_stage == "s2"
     assert forecast(pipelined(stages), num_workers=4).latency_seconds == pytest.approx(0.08)
 

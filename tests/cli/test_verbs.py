@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,39 @@ def test_the_command_as_a_program() -> None:
         assert verb in done.stdout
     done = subprocess.run([sys.executable, "-m", "sidestream", "dance"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
+
+
+def test_doctor_starts_where_torch_or_the_command_line_parser_is_broken(tmp_path: Path) -> None:
+    for name in ("torch", "tyro"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('broken on purpose')\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-m", "sidestream", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "broken on purpose" in done.stdout
+    json.loads(done.stdout)
+
+
+def test_a_chart_at_named_modules_needs_no_number_of_stages(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chart", "--model", "timm/test_resnet", "--cut", "layer2", "layer3"]) == 0
+    assert "3 stages, pipelined" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chart", "--model", "timm/test_resnet", "--out", "no/such/folder/c.png"],
+        ["chart", "--model", "timm/test_resnet", "--ticks", "0"],
+        ["chart", "--model", "timm/test_resnet", "--threads", "0"],
+        ["demo", "--seconds", "0"],
+        ["demo", "--out", "pyproject.toml"],
+        ["bench", "timm/test_resnet", "--backends", "tensorrt"],
+        ["doctor", "--loud"],
+    ],
+)
+def test_wrong_input_to_other_verbs(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("sidestream: ")
+    assert error.count("\n") == 0

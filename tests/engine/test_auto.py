@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from contract import assert_equal
 from sidestream.engine import run
 from sidestream.engine.auto import Trial, pick
 from sidestream.engine.tune import tune
-from sidestream.errors import InputError
+from sidestream.errors import CircuitError, InputError, MissingExtraError
 
 FAST = Trial("frame-parallel", 60.0, 0.033)
 QUICK = Trial("sequential", 40.0, 0.025)
@@ -46,9 +48,9 @@ def test_tune_keeps_a_circuit_that_answers_like_the_model() -> None:
     assert tuned.backend in ("eager", "openvino")
     assert any(text.startswith("eager") for text in said)
     assert any(text.startswith("openvino") for text in said)
-    assert {t.executor.split(" in ")[0] for t in tuned.trials} == {"eager", "openvino"}
+    assert {t.setting.split(" in ")[0] for t in tuned.trials} == {"eager", "openvino"}
     best = max(tuned.trials, key=lambda t: t.frames_per_second)
-    assert best.executor.endswith(tuned.executor)
+    assert best.executor == tuned.executor
     outputs = list(run(tuned.circuit, [frame, 2 * frame], executor=tuned.executor))
     with torch.no_grad():
         for output, given in zip(outputs, (frame, 2 * frame), strict=True):
@@ -59,10 +61,44 @@ def test_a_given_number_of_stages_is_kept() -> None:
     model, frame = small_model(), torch.rand(1, 3, 32, 32)
     tuned = tune(model, frame, num_stages=3, backends=("eager",), seconds=0.1)
     assert tuned.circuit.num_stages == 3
-    assert {t.executor.rsplit(maxsplit=1)[-1] for t in tuned.trials} == {"sequential", "frame-parallel", "threads"}
+    assert {t.executor for t in tuned.trials} == {"sequential", "frame-parallel", "threads"}
     outputs = list(run(tuned.circuit, [frame], executor="inline"))
     with torch.no_grad():
         assert_equal(outputs[0].value, model(frame))
+
+
+def test_a_named_back_end_that_is_not_there_is_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sidestream.engine.backends import BACKENDS
+
+    with pytest.raises(InputError, match="unknown back end 'tensorrt'"):
+        tune(small_model(), torch.rand(1, 3, 32, 32), backends="tensorrt")
+    gone = replace(BACKENDS["openvino"], missing=lambda: "openvino")
+    monkeypatch.setitem(BACKENDS, "openvino", gone)
+    with pytest.raises(MissingExtraError, match=r"sidestream\[openvino\]"):
+        tune(small_model(), torch.rand(1, 3, 32, 32), backends="openvino")
+
+
+class Counting(nn.Module):
+    """A model with memory in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count.add_(1.0)
+        return x.mean() + self.count
+
+
+def test_a_model_with_memory_in_its_buffers_is_not_tried_out_and_keeps_its_order() -> None:
+    model, frame = Counting().eval(), torch.zeros(1, 3, 4, 4)
+    tuned = tune(model, frame, backends="auto", seconds=0.1)
+    assert "state in its buffers" in tuned.reason
+    assert float(model.count) == 0.0
+    running = run(tuned.circuit, [frame] * 4, executor="auto")
+    assert [float(o.value) for o in running] == [1.0, 2.0, 3.0, 4.0]
+    with pytest.raises(CircuitError, match="stages with state"):
+        run(tuned.circuit, [frame], executor="frame-parallel")
 
 
 def test_no_back_end_is_refused() -> None:

@@ -37,6 +37,12 @@ def test_rtsp_prefers_tcp() -> None:
     assert opening_of("rtsp://h/x", None, udp)[1].ffmpeg_options == {"rtsp_transport": "udp"}
 
 
+def test_a_listening_rtsp_source_waits_as_long_as_opening_may_take() -> None:
+    options = StreamOptions(open_timeout_seconds=2.5, ffmpeg_options={"rtsp_flags": "listen"})
+    asked = opening_of("rtsp://h/x", None, options)[1].ffmpeg_options
+    assert asked == {"rtsp_flags": "listen", "rtsp_transport": "tcp", "listen_timeout": "3"}
+
+
 def test_a_camera_is_live(own_clip: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """The stand-in ends after 50 frames (unplugged), is back once, and then is gone."""
     real_open, asked = av.open, []

@@ -73,7 +73,7 @@ def check(outcomes: dict[str, str]) -> None:
 
 
 def test_broken_copies_of_our_own_clip(own_clip: Path, long_clip: Path, tmp_path: Path) -> None:
-    check(run_cases([own_clip, long_clip], tmp_path, 24, seed=1))
+    check(run_cases([own_clip, long_clip], tmp_path, 30, seed=1))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def real_clips(data_dir: Path) -> list[Path]:
 
 
 def test_broken_copies_of_real_clips(real_clips: list[Path], tmp_path: Path) -> None:
-    check(run_cases(real_clips, tmp_path, 24, seed=2))
+    check(run_cases(real_clips, tmp_path, 30, seed=2))
 
 
 @pytest.mark.slow

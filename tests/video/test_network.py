@@ -1,4 +1,4 @@
-"""Network sources against real senders over loopback: TCP with a drop-out, UDP, HTTP, and servers that say nothing."""
+"""Network sources against real senders over loopback: TCP with a drop-out, UDP, RTSP, HTTP, and silent servers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import functools
 import http.server
 import itertools
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def test_tcp_sender_drops_out_and_comes_back(sender: Any, caplog: pytest.LogCapt
     assert "dropped out" in caplog.text
     assert "is back" in caplog.text
     assert "gone for good after 4 attempts" in caplog.text
-    arrivals = [f.arrived_at_seconds for f in got]
+    arrivals = [f.arrived_at_seconds for f in got if f.arrived_at_seconds is not None]
+    assert len(arrivals) == len(got)
     assert arrivals == sorted(arrivals)
 
 
@@ -114,6 +116,23 @@ def test_udp(sender: Any) -> None:
         got = list(frames)
     assert len(got) == 40
     assert np.mean([float(f.rgb_HWC.float().mean()) for f in got]) == pytest.approx(120, abs=6)
+
+
+@pytest.mark.timeout(60)
+def test_rtsp(sender: Any) -> None:
+    """The stream listens, as a server for one sender does; the sender announces itself and sends over TCP."""
+    address = f"rtsp://127.0.0.1:{free_port()}/live"
+    sender(address, 50, "60:40")
+    options: dict[str, Any] = {"max_reconnects": 0, "open_timeout_seconds": 25, "read_timeout_seconds": 5}
+    with stream(address, policy="lossless", ffmpeg_options={"rtsp_flags": "listen"}, **options) as frames:
+        assert frames.info.is_live
+        assert (frames.info.height, frames.info.width) == (48, 64)
+        got = list(frames)
+    assert 50 <= len(got) <= 60
+    assert [f.index for f in got] == list(range(len(got)))
+    assert [float(f.rgb_HWC.float().mean()) for f in got] == pytest.approx([40] * len(got), abs=6)
+    steps = np.diff([f.pts_seconds for f in got])
+    assert steps == pytest.approx([0.02] * len(steps), abs=0.001)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -184,6 +203,11 @@ def test_what_is_not_there_is_refused(server: str) -> None:
         stream(f"{server}/missing.mp4")
     with pytest.raises(SourceError, match=r"cannot open tcp://127\.0\.0\.1"):
         stream(f"tcp://127.0.0.1:{free_port()}")
+    listen = {"rtsp_flags": "listen"}
+    started = time.monotonic()
+    with pytest.raises(SourceError, match=r"cannot open rtsp://127\.0\.0\.1"):
+        stream(f"rtsp://127.0.0.1:{free_port()}/live", open_timeout_seconds=1, ffmpeg_options=listen)
+    assert time.monotonic() - started < 6
     with pytest.raises(SourceError, match=r"cannot open rtsp://127\.0\.0\.1"):
         stream(f"rtsp://127.0.0.1:{free_port()}/live", open_timeout_seconds=3)
 
@@ -206,12 +230,33 @@ def test_close_does_not_wait_for_a_silent_network(sender: Any) -> None:
     process = sender(f"tcp://127.0.0.1:{port}?listen", 50, "2000:90")
     frames = reach(f"tcp://127.0.0.1:{port}", read_timeout_seconds=4)
     next(frames)
-    process.send_signal(19)  # SIGSTOP: connected, but silent
+    process.send_signal(signal.SIGSTOP)  # connected, but silent
     time.sleep(0.5)
     started = time.monotonic()
     frames.close()
     assert time.monotonic() - started < 3
-    process.send_signal(18)
+    process.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("ask", ["stop", "close"])
+def test_a_pull_from_a_silent_network_ends_at_the_read_timeout(sender: Any, ask: str) -> None:
+    port = free_port()
+    process = sender(f"tcp://127.0.0.1:{port}?listen", 50, "2000:90")
+    frames = reach(f"tcp://127.0.0.1:{port}", policy="lossless", read_timeout_seconds=2)
+    next(frames)
+    process.send_signal(signal.SIGSTOP)
+    indices: list[int] = []
+    reader = threading.Thread(target=lambda: indices.extend(frame.index for frame in frames))
+    reader.start()
+    time.sleep(0.7)  # what was under way has been read
+    started = time.monotonic()
+    getattr(frames, ask)()
+    assert time.monotonic() - started < 0.5
+    reader.join(6)
+    assert 0.5 < time.monotonic() - started < 4
+    assert not reader.is_alive()
+    assert list(frames) == []
 
 
 def test_backoff_doubles_up_to_eight_seconds() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from sidestream.errors import InputError, SourceError
 from sidestream.types import Frame
-from sidestream.video.policy import Mailbox, Policy, parse_policy
+from sidestream.video.policy import Mailbox, Policy, StopFlag, parse_policy
 
 
 def frame(index: int) -> Frame:
@@ -45,6 +45,29 @@ def test_mailbox_hands_over_the_error_behind_the_last_frame() -> None:
     assert mailbox.get() is not None
     with pytest.raises(SourceError, match="gone"):
         mailbox.get()
+
+
+def test_mailbox_flushed_counts_from_zero() -> None:
+    mailbox = Mailbox(2)
+    for index in range(5):
+        mailbox.put(frame(index))
+    assert not mailbox.is_empty
+    mailbox.flush()
+    assert mailbox.is_empty
+    assert mailbox.num_dropped == 0
+    for index in range(5, 8):
+        mailbox.put(frame(index))
+    taken = [mailbox.get() for _ in range(2)]
+    assert [each and each.index for each in taken] == [6, 7]
+    assert mailbox.num_dropped == 1
+
+
+def test_mailbox_gives_nothing_once_stopped() -> None:
+    stopped = StopFlag()
+    mailbox = Mailbox(2, stopped)
+    mailbox.put(frame(0))
+    stopped.is_set = True
+    assert mailbox.get() is None
 
 
 def test_mailbox_wakes_a_waiting_reader() -> None:

@@ -14,7 +14,14 @@ from video.plain_decode import plain_decode
 
 from sidestream.clock import ManualClock, WallClock
 from sidestream.errors import InputError, SourceError
+from sidestream.types import Frame
 from sidestream.video import SyntheticVideo, read, stream
+
+
+def arrival(frame: Frame) -> float:
+    """When it arrived; a frame of a stream always knows."""
+    assert frame.arrived_at_seconds is not None
+    return frame.arrived_at_seconds
 
 
 def test_a_file_gives_every_frame_once_in_order(own_clip: Path) -> None:
@@ -74,7 +81,7 @@ def test_replay_without_loss_waits_for_due_frames_and_drops_none(own_clip: Path)
     clock = ManualClock()
     indices = []
     for frame in stream(own_clip, real_time=True, policy="lossless", clock=clock):
-        assert clock.now() >= frame.arrived_at_seconds
+        assert clock.now() >= arrival(frame)
         indices.append(frame.index)
         clock.advance(0.1)
     assert indices == list(range(50))
@@ -95,7 +102,7 @@ def test_replay_bounded_keeps_the_newest_few(own_clip: Path) -> None:
 def test_replay_on_the_wall_clock_keeps_time(own_clip: Path) -> None:
     clock = WallClock()
     with stream(own_clip, real_time=True, clock=clock, max_frames=10) as frames:
-        delays = [clock.now() - frame.arrived_at_seconds for frame in frames]
+        delays = [clock.now() - arrival(frame) for frame in frames]
     assert min(delays) >= -1e-3  # never before it is due
     with stream(own_clip, real_time=True, clock=clock) as frames:
         next(frames)

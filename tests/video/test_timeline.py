@@ -27,6 +27,9 @@ def placed(raw: list[float | None], period: float = 0.04) -> list[float]:
         ([0.0, 0.04, 0.04, 0.08], [0.0, 0.04, 0.0404, 0.08]),  # one time twice
         ([10.0, 10.04, 2.0, 2.04], [0.0, 0.04, 0.08, 0.12]),  # begins anew
         ([0.0, math.nan, math.inf], [0.0, 0.04, 0.08]),
+        ([None, -0.03, 0.01, 0.06], [0.0, 0.04, 0.08, 0.13]),  # the first stamp comes late, and before its time
+        ([None, None, 700.0, 700.1], [0.0, 0.04, 0.08, 0.18]),  # ... far off
+        ([None, 0.1, 0.3], [0.0, 0.1, 0.3]),  # ... and fits
     ],
 )
 def test_rules(raw: list[float | None], expected: list[float]) -> None:
@@ -39,6 +42,14 @@ def test_restart_leaves_the_gap_that_it_was_told() -> None:
     timeline.restart(gap_seconds=2.0)
     times += [timeline.place(7.0), timeline.place(7.04)]
     assert times == pytest.approx([0.0, 0.04, 2.08, 2.12])
+
+
+def test_restart_without_a_stamp() -> None:
+    timeline = Timeline(0.04)
+    times = [timeline.place(5.0), timeline.place(5.04)]
+    timeline.restart()
+    times += [timeline.place(raw) for raw in (None, -0.03, 0.01)]
+    assert times == pytest.approx([0.0, 0.04, 0.08, 0.12, 0.16])
 
 
 @given(st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(1e-3, 1.0))

@@ -122,6 +122,25 @@ def test_keyboard_interrupt_finishes_the_file(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["x.mp4"]
 
 
+def test_an_interruption_inside_add_loses_no_frame(tmp_path: Path) -> None:
+    """Most of the time goes into the encoder, so that is where it strikes."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    picture = SyntheticVideo(seed=1, size_px=(240, 320)).frame(0)
+    try:
+        for trial in range(12):
+            path = tmp_path / f"{trial}.mp4"
+            with pytest.raises(KeyboardInterrupt), VideoWriter(path, frame_rate=25) as writer:
+                writer.add(picture.rgb_HWC)
+                signal.setitimer(signal.ITIMER_REAL, 0.02 + 0.003 * trial)
+                while True:
+                    writer.add(picture.rgb_HWC)
+            _, times = plain_decode(path)
+            assert times == pytest.approx([number / 25 for number in range(len(times))], abs=1e-6)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.timeout(90)
 def test_ctrl_c_in_a_real_process_leaves_a_playable_file(tmp_path: Path) -> None:
     program = """

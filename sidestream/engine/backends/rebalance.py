@@ -11,7 +11,6 @@ the time that the stage really took, and cuts again:
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,6 +22,7 @@ from sidestream.circuit.cut import cut
 from sidestream.circuit.measure import weigh
 from sidestream.circuit.stage import Stage, Stages
 from sidestream.engine.backends.registry import compile_stages
+from sidestream.report.measure import num_cores
 
 EVEN = 1.05
 """The dearest stage may take this many times an even share before another round is worth its conversions."""
@@ -47,7 +47,7 @@ def cut_for_backend(
     ``options``: for ``compile_stages``; ``cut_options``: for ``cut`` (``name``, ``input_spec`` ...).
     Eager stages, single stages and stages with state are cut once. Raises what ``cut`` and ``compile_stages`` raise.
     """
-    workers = num_workers or os.cpu_count() or 1
+    workers = num_workers or num_cores()
     stages = cut(model, example, num_stages=num_stages, num_workers=workers, **cut_options)
     best = compile_stages(stages, backend, **(options or {}))
     if backend == "eager" or len(stages) == 1 or not all(_is_graph(stage) for stage in stages):

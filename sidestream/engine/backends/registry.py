@@ -61,7 +61,7 @@ def compile_stages(
 
     Raises BackendError (unknown back end, or a stage that it cannot run) and MissingExtraError.
     """
-    chosen = _find(backend)
+    chosen = require_backend(backend)
     _check_choice(on_unsupported, num_threads)
     options = BackendOptions(precision=precision, num_threads=num_threads)
     done: list[Stage] = []
@@ -89,7 +89,8 @@ def _compile_one(
         return stage
 
 
-def _find(name: str) -> Backend:
+def require_backend(name: str) -> Backend:
+    """The back end of that name. Raises BackendError (unknown) or MissingExtraError (not installed)."""
     if name not in BACKENDS:
         raise BackendError(f"unknown back end {name!r}; known: {', '.join(BACKENDS)}")
     backend = BACKENDS[name]

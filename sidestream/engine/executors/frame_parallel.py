@@ -7,6 +7,7 @@ Answers come out in order. The latency of an answer is the whole model's time on
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from sidestream.circuit.ages import mixes_ages
 from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock
-from sidestream.engine.executors.threads import STOP_GRACE_SECONDS
+from sidestream.engine.executors.threads import STOP_GRACE_SECONDS, drained_on_interrupt
 from sidestream.engine.feed import Feed
 from sidestream.engine.tick import Fed, Machine, Rule
 from sidestream.errors import CircuitError
@@ -49,16 +50,18 @@ def frame_parallel(
 
 
 def _answers(crew: _Crew, machines: list[Machine]) -> Iterator[Output]:
+    intra_op_threads = torch.get_num_threads()
     threads = [threading.Thread(target=crew.run_worker, args=(m,), daemon=True) for m in machines]
     for thread in threads:
         thread.start()
     try:
-        while (output := crew.next_answer()) is not None:
-            yield output
+        yield from drained_on_interrupt(crew.next_answer, crew.feed)
     finally:
         crew.close()
-        for thread in threads:
-            thread.join(timeout=STOP_GRACE_SECONDS)  # a worker may be stuck in a source
+        give_up_at = time.monotonic() + STOP_GRACE_SECONDS
+        for thread in threads:  # one may be stuck in a source, and the others behind it
+            thread.join(timeout=max(0.0, give_up_at - time.monotonic()))
+        torch.set_num_threads(intra_op_threads)  # what a worker sets would be the default of later threads
 
 
 class _Crew:
@@ -69,7 +72,7 @@ class _Crew:
         self.taking = threading.Lock()  # held while the next frame is taken
         self.changed = threading.Condition()
         self.answers: dict[int, Output | None] = {}  # by position; None where a stage swallowed the frame
-        self.num_taken = self.num_given = 0
+        self.num_taken = self.num_ready = self.num_given = 0  # ready: with all answers before it
         self.has_ended = self.is_closed = False
         self.failure: BaseException | None = None
 
@@ -127,6 +130,11 @@ class _Crew:
     def _put(self, position: int, output: Output | None) -> None:
         with self.changed:
             self.answers[position] = None if output is None else replace(output, tick=position)
+            while self.num_ready in self.answers:  # an answer counts as made when it can be given: in order
+                ready = self.answers[self.num_ready]
+                if ready is not None:
+                    self.answers[self.num_ready] = replace(ready, made_at_seconds=self.clock.now())
+                self.num_ready += 1
             self.changed.notify_all()
 
     def close(self) -> None:

@@ -11,20 +11,25 @@ from sidestream.types import Output
 
 
 def inline(machine: Machine, feed: Feed, *, clock: Clock) -> Iterator[Output]:
-    """Answers in order. Every cell fires exactly once per tick; an answer exists when its tick ends."""
+    """Answers in order. Every cell fires exactly once per tick; an answer exists when its tick ends.
+
+    Ctrl-C ends it at once: the stage at work is the caller's own thread.
+    """
     for leaves, fed in feed:
         machine.feed(leaves, fed)
         for cell in machine.cells:
             machine.fire(cell)
         yield from _answer(machine, clock)
-    for _ in range(machine.latency):  # the pipeline drains: silence comes in, the last frames' answers come out
-        machine.feed(machine.silence, None)
+    machine.end()  # the pipeline drains: the last frames' answers come out
+    while not machine.has_ended:
         for cell in machine.cells:
-            machine.fire(cell)
+            if cell.is_ready:
+                machine.fire(cell)
         yield from _answer(machine, clock)
 
 
 def _answer(machine: Machine, clock: Clock) -> Iterator[Output]:
-    output = machine.collect(clock.now())[1]
-    if output is not None:
-        yield output
+    while machine.can_collect:
+        output = machine.collect(clock.now())[1]
+        if output is not None:
+            yield output

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from sidestream.circuit.ages import information_latency_ticks, lags_of
+from sidestream.circuit.ages import information_latency_ticks, lags_of, look_ahead_ticks
 from sidestream.circuit.stage import SOURCE
 from sidestream.clock import Clock
-from sidestream.engine.feed import Feed
+from sidestream.engine.feed import Feed, Tick
 from sidestream.engine.tick import Cell, Machine
 from sidestream.types import Output
 
@@ -36,14 +37,33 @@ def threads(
     pool = _Pool(machine, feed, clock, _limit(machine, num_workers, max_in_flight))
     pool.start(num_workers)
     try:
-        while (output := pool.next_answer()) is not None:
-            yield output
+        yield from drained_on_interrupt(pool.next_answer, feed)
     finally:
         pool.shut_down()
 
 
+def drained_on_interrupt(next_answer: Callable[[], Output | None], feed: Feed) -> Iterator[Output]:
+    """Answers until there are no more. Ctrl-C while waiting for one ends the feed; when all that was in flight is
+    answered, KeyboardInterrupt is raised. A second Ctrl-C does not wait."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            output = next_answer()
+        except KeyboardInterrupt as error:
+            if interrupt is not None:
+                raise
+            interrupt = error
+            feed.stop()
+            continue
+        if output is None:
+            break
+        yield output
+    if interrupt is not None:
+        raise interrupt
+
+
 def _limit(machine: Machine, num_workers: int, max_in_flight: int | None) -> int:
-    wanted = num_workers + 1 if max_in_flight is None else max_in_flight
+    wanted = (num_workers + 1 if max_in_flight is None else max_in_flight) + look_ahead_ticks(machine.circuit)
     needed = machine.latency - information_latency_ticks(machine.circuit) + 1  # an answer may need newer frames
     return max(needed, min(machine.latency + 1, wanted))
 
@@ -60,13 +80,15 @@ class _Pool:
         self.num_idle = 0
         self.num_in_flight = 0
         self.answers: deque[Output] = deque()
-        self.has_ended = False  # the feed has no more ticks
+        self.has_fed_end = False
+        self.asked_feed_at: float | None = None  # since when the feed is being asked for its next tick
         self.is_closed = False
         self.failure: BaseException | None = None
         self.lags = lags_of(machine.circuit)
         self.readers = _readers(machine)
         self.reads_sink = {w.source for w in machine.circuit.wires_into(machine.circuit.sink)}
         self.threads: list[threading.Thread] = []
+        self.intra_op_threads = torch.get_num_threads()
 
     def start(self, num_workers: int) -> None:
         with self.lock:
@@ -88,17 +110,23 @@ class _Pool:
                     return output
                 if self.failure is not None:
                     raise self.failure
-                if self.has_ended and self.num_in_flight == 0:
+                if self.machine.has_ended:
                     return None
-                if not self._wait_for_answer():
-                    return None
+                if self.feed.is_stopped and self._is_feed_stuck():
+                    self._end_feed()
+                self.done.wait(timeout=0.5)  # a stop from outside is seen within this time
 
-    def _wait_for_answer(self) -> bool:
-        """Wait; False when the run was stopped and the source is stuck with nothing left in flight."""
-        if not self.feed.is_stopped:
-            self.done.wait(timeout=0.5)  # a stop from outside is seen within this time
-            return True
-        return self.done.wait(timeout=STOP_GRACE_SECONDS) or self.num_in_flight > 0
+    def _is_feed_stuck(self) -> bool:
+        """The run was stopped, but the source neither brings a frame nor ends."""
+        asked_at = self.asked_feed_at
+        return not self.has_fed_end and asked_at is not None and time.monotonic() - asked_at > STOP_GRACE_SECONDS
+
+    def _end_feed(self) -> None:
+        self.has_fed_end = True
+        self.machine.end()
+        self._queue(self.readers[SOURCE])
+        self._collect()
+        self.work.notify_all()
 
     def shut_down(self) -> None:
         with self.lock:
@@ -108,15 +136,20 @@ class _Pool:
         for thread in self.threads[1:]:
             thread.join()
         self.threads[0].join(timeout=STOP_GRACE_SECONDS)  # the feed may be stuck in a source
+        torch.set_num_threads(self.intra_op_threads)  # what a worker sets would be the default of later threads
 
     def _run_feed(self) -> None:
+        torch.set_num_threads(1)
         try:
-            while self._wait_for_room():
-                tick = next(self.feed, None)
+            while self.feed.may_read_ahead or self._wait_for_room():
+                tick = self._next_tick()
+                if self.feed.may_read_ahead and not self._wait_for_room():
+                    return
                 with self.lock:
+                    if self.has_fed_end:  # given up while it was stuck
+                        return
                     if tick is None:
-                        self.has_ended = True
-                        self.done.notify_all()
+                        self._end_feed()
                         return
                     self.num_in_flight += tick[1] is not None
                     self.machine.feed(*tick)
@@ -125,6 +158,13 @@ class _Pool:
                     self.work.notify(min(self.num_idle, len(self.ready)))
         except BaseException as error:
             self._fail(error)
+
+    def _next_tick(self) -> Tick | None:
+        self.asked_feed_at = time.monotonic()
+        try:
+            return next(self.feed, None)
+        finally:
+            self.asked_feed_at = None
 
     def _wait_for_room(self) -> bool:
         """Wait until a frame may come in: enough answered, and the reader of the answers keeps up."""
@@ -177,9 +217,8 @@ class _Pool:
             self.num_in_flight -= has_left
             if output is not None:
                 self.answers.append(output)
-            if has_left:
-                self.room.notify()
-                self.done.notify()
+            self.room.notify()
+            self.done.notify()
 
     def _fail(self, error: BaseException) -> None:
         with self.lock:

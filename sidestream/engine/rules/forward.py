@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from sidestream.circuit.stage import NOTHING, State, Values
 from sidestream.engine.tick import SILENCE, Cell, Message
-from sidestream.errors import SidestreamError, StageError
+from sidestream.errors import LayoutError, SidestreamError, StageError
 
 
 class Forward:
@@ -26,6 +27,12 @@ class Forward:
         if cell.period > 1:
             cell.held = outputs
         return outputs
+
+    def finish(self, cell: Cell) -> Sequence[Sequence[Message]]:
+        if cell.stage.finish is None:
+            return []
+        with naming(cell, frame_index=None), torch.inference_mode():
+            return [[Message(value) for value in values] for values in cell.stage.finish(cell.state)]
 
     def _work(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         oldest = min((m.oldest for m in messages if m.oldest is not None), default=None)
@@ -44,11 +51,21 @@ def _is_warm_up(message: Message, is_feedback: bool) -> bool:
 
 def run_stage(cell: Cell, inputs: Values, *, frame_index: int | None) -> tuple[Values, State]:
     """One step of the stage; whatever goes wrong names the stage and the frame."""
+    with naming(cell, frame_index=frame_index), torch.inference_mode():
+        return cell.stage.step(inputs, cell.state)
+
+
+@contextmanager
+def naming(cell: Cell, *, frame_index: int | None) -> Iterator[None]:
+    """Turns whatever goes wrong inside into a StageError that names the stage and the frame."""
     try:
-        with torch.inference_mode():
-            return cell.stage.step(inputs, cell.state)
-    except SidestreamError:
+        yield
+    except SidestreamError as error:
+        if type(error) is LayoutError:
+            where = f"stage {cell.number} ({cell.stage.name}), frame {frame_index}"
+            raise LayoutError(f"{where}: {error}") from error
         raise
     except Exception as error:
-        where = f"stage {cell.number} ({cell.stage.name}) failed on frame {frame_index} (tick {cell.tick})"
+        when = "at the end of the stream" if frame_index is None else f"on frame {frame_index} (tick {cell.tick})"
+        where = f"stage {cell.number} ({cell.stage.name}) failed {when}"
         raise StageError(f"{where}: {type(error).__name__}: {error}") from error
