@@ -284,8 +284,8 @@ def test_trained_stream_equals_the_clip(trained: Any, real_clip: Any) -> None:
     clip_BTCHW = small(real_clip, 72)
     expected = trained.answers(clip_BTCHW)
     answers, _ = step_through(trained.streaming(), clip_BTCHW, and_finish=True)
-    # float32: convolutions over one frame and over many sum in another order, through 20 layers
-    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=1e-4)
+    # float32: convolutions over one frame and over many sum in another order, through 20 layers; logits reach 27
+    torch.testing.assert_close(answers, expected, rtol=1e-4, atol=5e-4)
 
 
 def test_parameters_are_shared_not_copied() -> None:

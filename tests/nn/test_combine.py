@@ -252,7 +252,10 @@ def test_a_chain_that_swallows_frames_runs_in_stages(num_stages: int, costs: str
             answer, state = chain.step(frame, state)
         expected += [] if answer is NOTHING else [(n, answer)]
     assert [n for n, _ in expected] == [3, 5, 7, 9, 11]  # delay 1 + 2 * 1, period 2
-    outputs = list(run(pipelined(stages), frames, executor="inline"))
-    assert [o.frame_index for o in outputs] == [n for n, _ in expected]
-    for output, (_, answer) in zip(outputs, expected, strict=True):
-        assert_equal(output.value, answer)
+    with torch.no_grad():
+        expected += [(13, answer) for answer in chain.finish(state)]
+    for executor in ("inline", "threads"):
+        outputs = list(run(pipelined(stages), frames, executor=executor))
+        assert [o.frame_index for o in outputs] == [n - 3 for n, _ in expected] == [0, 2, 4, 6, 8, 10]
+        for output, (_, answer) in zip(outputs, expected, strict=True):
+            assert_equal(output.value, answer)
