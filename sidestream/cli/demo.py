@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def demo(
     console.print(str(forecast(plan.circuit, num_workers=num_cores())), highlight=False, markup=False)
     rows = []
     for name, executor in (("frame by frame, 1 thread", "inline"), ("pipelined", "threads")):
-        job = _play(plan, clip, executor, out / f"{executor}.mp4", banner=name)
+        job, shown = _play(plan, clip, executor)
         if job.was_interrupted:
             return 130
         rows.append(_row(name, job.summary(name)))
+        _draw(clip, shown, out / f"{executor}.mp4", banner=name)
     table = markdown_table(HEADER, rows)
-    console.print(table, highlight=False, markup=False)
+    console.print(table, highlight=False, markup=False, soft_wrap=True)
     write_text(out / "table.md", table)
     made: list[str | Path] = [clip, out / "inline.mp4", out / "threads.mp4", out / "table.md"]
     try:
@@ -66,16 +68,28 @@ def demo(
     return 0
 
 
+CLIP_RATE = 60.0
 HEADER = ("real time", "frames in", "answered", "dropped", "frames/s", "latency p50 ms", "latency p95 ms")
 
 
+@dataclass(frozen=True)
+class Shown:
+    """An answer as a viewer saw it: from when on, for which frame, what."""
+
+    made_at_seconds: float
+    """On the clip's own time axis."""
+    frame_index: int
+    lines: list[str]
+
+
 def _make_clip(path: Path, seconds: float) -> Path:
-    """Moving shapes with sound, 640 x 480 at 30 frames/s."""
+    """Moving shapes with sound, 640 x 480 at 60 frames/s."""
     from sidestream.video import SyntheticVideo, write
 
-    video = SyntheticVideo(seed=7, num_frames=round(30 * seconds), size_px=(480, 640), frame_rate=30.0)
-    write(path, (video.frame(n) for n in range(round(30 * seconds))), frame_rate=30.0, sound=video.sound(0.0, seconds))
-    return path
+    num_frames = max(1, round(CLIP_RATE * seconds))
+    video = SyntheticVideo(seed=7, num_frames=num_frames, size_px=(480, 640), frame_rate=CLIP_RATE)
+    sound = video.sound(0.0, seconds)
+    return write(path, (video.frame(n) for n in range(num_frames)), frame_rate=CLIP_RATE, sound=sound)
 
 
 def _plan(flags: ModelFlags) -> tuple[Plan, str]:
@@ -90,7 +104,9 @@ def _plan(flags: ModelFlags) -> tuple[Plan, str]:
         return make_plan(replace(flags, weights="random")), "random (install sidestream[demo-weights] for real ones)"
 
 
-def _play(plan: Plan, clip: str, executor: str, out: Path, *, banner: str) -> Job:
+def _play(plan: Plan, clip: str, executor: str) -> tuple[Job, list[Shown]]:
+    """The clip as if live through the model. Nothing is drawn meanwhile: that would take the model's time."""
+    from sidestream.cli.answers import answer_lines, top_classes
     from sidestream.clock import WallClock
     from sidestream.engine import run
     from sidestream.engine.executors.frame_parallel import undelayed
@@ -98,11 +114,33 @@ def _play(plan: Plan, clip: str, executor: str, out: Path, *, banner: str) -> Jo
 
     clock = WallClock()
     circuit = undelayed(plan.circuit) if executor == "inline" else plan.circuit
+    shown: list[Shown] = []
+
+    def note(output: Any) -> None:
+        made_at = output.made_at_seconds - output.arrived_at_seconds + output.pts_seconds
+        lines = answer_lines(top_classes(output.value, plan.labels, top_k=3))
+        shown.append(Shown(made_at, output.frame_index, lines))
+
     with stream(clip, real_time=True, clock=clock) as frames:
         running: Any = run(circuit, frames, executor=executor, prepare=plan.input_spec, clock=clock)
-        job = Job(plan, frames, running, top_k=3, banner=banner)
-        job.work(out, None)
-    return job
+        job = Job(plan, frames, running, also=note)
+        job.work(None, None)
+    return job, shown
+
+
+def _draw(clip: str, shown: list[Shown], out: Path, *, banner: str) -> None:
+    """Every frame of the clip, with the answer that was the latest one when the frame was shown."""
+    from sidestream.video import VideoWriter, overlay, stream
+
+    with stream(clip) as frames, VideoWriter(out, frame_rate=frames.info.frame_rate or 25.0, fit=True) as writer:
+        answers, latest = iter(shown), None
+        following = next(answers, None)
+        for frame in frames:
+            while following is not None and following.made_at_seconds <= frame.pts_seconds:
+                latest, following = following, next(answers, None)
+            age = "no answer yet" if latest is None else f"answer to {frame.index - latest.frame_index} frames ago"
+            lines = None if latest is None else latest.lines
+            writer.add(overlay(frame, labels=lines, timing={"frame": str(frame.index), "": age}, banner=banner))
 
 
 def _row(name: str, summary: Any) -> list[object]:

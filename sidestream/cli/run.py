@@ -100,7 +100,8 @@ class Job:
     was_interrupted: bool = False
     num_written: int = 0
     failure: SidestreamError | OSError | None = field(default=None)
-    banner: str | None = None
+    also: Callable[[Any], None] | None = None
+    """Called with every answer."""
 
     def work(self, out: Path | None, json: Path | None) -> None:
         """Answer every frame. What was answered is kept when a later frame fails; nothing is left when none was."""
@@ -130,12 +131,14 @@ class Job:
             files.callback(lambda: video.discard() if self.num_written == 0 else None)
 
         def add(output: Any) -> None:
+            if self.also:
+                self.also(output)
             top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
             if write:
                 write(answer_record(output, top))
             if video:
                 timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
-                video.add(overlay(output.frame, labels=answer_lines(top), timing=timing, banner=self.banner))
+                video.add(overlay(output.frame, labels=answer_lines(top), timing=timing))
             self.num_written += 1
 
         return add

@@ -43,9 +43,10 @@ class Feed:
         self._last: list[Any] | None = None
         self.num_frames = 0
         """Frames taken from the stream and prepared."""
-        info = getattr(frames, "info", None)
-        self.may_read_ahead = info is not None and not getattr(frames, "wants_latency", True)
-        """Whether a frame may be taken before there is room for it: from a file, whose next frame grows no older."""
+        self.wants_latency = bool(getattr(frames, "wants_latency", False))
+        """Whether the source is live (or replayed as if), so that a frame that waits grows old."""
+        self.may_read_ahead = hasattr(frames, "wants_latency") and not self.wants_latency
+        """Whether a frame may be taken before there is room for it: from a file, not from an unknown source."""
 
     def stop(self) -> None:
         """End the stream after the frame at hand; what is in flight is still answered."""

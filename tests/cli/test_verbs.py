@@ -64,13 +64,13 @@ def test_demo_leaves_clip_videos_chart_and_table(tmp_path: Path, capsys: pytest.
     assert main(["demo", "--seconds", "1", "--out", str(out)]) == 0
     names = sorted(p.name for p in out.iterdir())
     assert set(names) - {"chart.png"} == {"clip.mp4", "inline.mp4", "table.md", "threads.mp4"}
-    assert read(out / "clip.mp4").num_frames == 30
+    assert read(out / "clip.mp4").num_frames == 60
     table = (out / "table.md").read_text()
     for video, row in (("inline.mp4", "frame by frame"), ("threads.mp4", "pipelined")):
         cells = [c.strip() for c in next(line for line in table.splitlines() if row in line).strip("|").split("|")]
         answered = int(cells[2])
         assert answered > 0
-        assert read(out / video).num_frames == answered
+        assert read(out / video).num_frames == 60
         assert int(cells[1]) == answered + int(cells[3])
     assert str(out / "threads.mp4") in capsys.readouterr().out.replace("\n  ", " ").replace("\n", "")
 
