@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from sidestream.errors import LayoutError
+from sidestream.errors import LayoutError, WeightsError
 from sidestream.models.i3d_layers import Logits, Sliding, Triple, TrunkLayer, trunk_layer
 from sidestream.models.info import ModelInfo, attach_info, info_of
 from sidestream.models.labels import kinetics400_labels
@@ -84,7 +84,7 @@ def build(name: str, num_classes: int | None) -> nn.Module:
 
 
 def build_default(name: str) -> nn.Module:
-    raise NotImplementedError  # its info says that there are no default weights
+    raise WeightsError(f"{name} has no default weights; give a local .safetensors or .pt file")
 
 
 def key_map(name: str) -> KeyMap:

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sidestream.errors import WeightsError
 from sidestream.models.clip_layout import as_stream_of, check_clip
 from sidestream.models.info import ModelInfo
 from sidestream.models.recurrent_encoder import image_encoder
@@ -57,7 +58,7 @@ def build(name: str, num_classes: int | None) -> nn.Module:
 
 
 def build_default(name: str) -> nn.Module:
-    raise NotImplementedError  # its info says that there are no default weights
+    raise WeightsError(f"{name} has no default weights; give a local .safetensors or .pt file")
 
 
 def key_map(name: str) -> KeyMap:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from sidestream.errors import ModelError
+from sidestream.errors import ModelError, WeightsError
 from sidestream.models.clip_layout import as_stream_of, check_clip
 from sidestream.models.info import ModelInfo
 from sidestream.models.weights import KeyMap, StateDict
@@ -67,7 +67,7 @@ def build(name: str, num_classes: int | None) -> nn.Module:
 
 
 def build_default(name: str) -> nn.Module:
-    raise NotImplementedError  # its info says that there are no default weights
+    raise WeightsError(f"{name} has no default weights; give a local .safetensors or .pt file")
 
 
 def key_map(name: str) -> KeyMap:
