@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # whoever read our output has gone
         return 0
+    except OSError as error:  # a full disk, a device that went away
+        return _fail(error, 1)
 
 
 def _doctor(argv: Sequence[str]) -> int:

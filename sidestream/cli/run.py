@@ -145,7 +145,7 @@ class Job:
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:
-        """First Ctrl-C: take no more frames, answer those in flight, finish the files. Second: at once."""
+        """First Ctrl-C: take no more frames, answer those in flight, finish the files. Further ones: at once."""
 
         def stop(number: int, stack: Any) -> None:
             self.was_interrupted = True
