@@ -6,13 +6,15 @@ import difflib
 import importlib
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Protocol, cast
+from typing import Protocol, cast, get_args
 
 from torch import nn
 
 from sidestream.errors import InputError, ModelError, WeightsError
-from sidestream.models.info import ModelInfo, attach_info
+from sidestream.models.heads import DenseModel, HeadKind
+from sidestream.models.info import ModelInfo, Task, attach_info, info_of
 from sidestream.models.labels import read_labels
 from sidestream.models.weights import KeyMap, load_weights
 
@@ -53,6 +55,7 @@ def create_model(
     num_classes: int | None = None,
     weights: FilePath | None = None,
     labels: FilePath | Sequence[str] | None = None,
+    head: HeadKind = "classes",
 ) -> nn.Module:
     """A model in eval mode, with its ``ModelInfo`` attached (``input_spec_of``, ``labels_of``).
 
@@ -62,10 +65,16 @@ def create_model(
     ``weights``: None for random ones, "default" for the library's own (from its hub, or a package), or the path of a
     ``.safetensors`` / ``.pt`` / ``.pth`` file; always strict.
     ``labels``: one per class, or the path of a file (``read_labels``); None for those that belong to the model.
+    ``head``: "classes", or for a clip model "keypoints" (heat maps) or "masks", with ``num_classes`` maps each
+    (``models.heads``); weights files are then those of the whole model, head included.
 
     Raises ``ModelError`` for an unknown name, ``WeightsError`` for weights that cannot be had or do not fit.
     """
     library, inner = _resolve(name)
+    if head not in get_args(HeadKind):
+        raise ModelError(f"{head=} is unknown; there are {', '.join(get_args(HeadKind))}")
+    if head != "classes":
+        return _with_dense_head(name, num_classes, weights, labels, head)
     if num_classes is not None and num_classes < 1:
         raise ModelError(f"{num_classes=} was given for {name!r}; expected 1 or more, or None for the model's own")
     info = library.info(inner)
@@ -95,6 +104,27 @@ def model_info(name: str) -> ModelInfo:
     """What ``name`` stands for, without making the model. Raises ``ModelError`` for an unknown name."""
     library, inner = _resolve(name)
     return library.info(inner)
+
+
+def _with_dense_head(
+    name: str,
+    num_classes: int | None,
+    weights: FilePath | None,
+    labels: FilePath | Sequence[str] | None,
+    head: HeadKind,
+) -> nn.Module:
+    if num_classes is None or num_classes < 1:
+        raise ModelError(f"{num_classes=} was given with {head=}; say how many {head} the model answers, 1 or more")
+    is_default = weights == "default"
+    model = DenseModel(create_model(name, weights="default" if is_default else None), num_classes, kind=head)
+    if weights is not None and not is_default:
+        load_weights(model, weights)
+    trunk = info_of(model.trunk)
+    assert trunk is not None  # create_model hangs one on every model
+    task: Task = "masks" if head == "masks" else "keypoints"
+    named = replace(trunk, task=task, labels=None, default_weights=None)
+    given = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
+    return attach_info(model.eval(), named.with_classes(num_classes, None if given is None else tuple(given)))
 
 
 def _with_default_weights(library: Library, inner: str, info: ModelInfo, num_classes: int) -> nn.Module:

@@ -16,13 +16,13 @@ maps smaller than 7 x 7 are pooled whole, and larger ones give answers at severa
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 from torch import Tensor, nn
 
-from sidestream.errors import LayoutError, WeightsError
+from sidestream.errors import WeightsError
+from sidestream.models.clip_layout import as_stream_of, check_clip
 from sidestream.models.i3d_layers import Logits, Sliding, Triple, TrunkLayer, trunk_layer
-from sidestream.models.info import ModelInfo, attach_info, info_of
+from sidestream.models.info import ModelInfo
 from sidestream.models.labels import kinetics400_labels
 from sidestream.models.weights import KeyMap
 from sidestream.nn.combine import Chain
@@ -101,6 +101,9 @@ class I3D(nn.Module):
     Raises ``LayoutError`` for other axes and for clips that are too short.
     """
 
+    classifier = "logits"
+    stride_px = 32
+
     def __init__(self, num_classes: int = 400, *, width: float = 1.0, is_causal: bool = False) -> None:
         super().__init__()
         self.min_frames = 1 if is_causal else MIN_FRAMES
@@ -109,6 +112,7 @@ class I3D(nn.Module):
             window = Sliding(kernel, stride, is_causal)
             layer, num_channels = trunk_layer(num_channels, tuple(max(1, round(c * width)) for c in channels), window)
             self.add_module(name, layer)
+        self.num_features = num_channels
         self.logits = Logits(num_channels, num_classes, is_causal=is_causal)
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
@@ -120,7 +124,7 @@ class I3D(nn.Module):
 
     def features(self, clip_BTCHW: Tensor) -> Tensor:
         """Maps before the last pooling, (B, ceil(T / 8), 1024, ceil(H / 32), ceil(W / 32))."""
-        self._check(clip_BTCHW)
+        check_clip("I3D", clip_BTCHW, min_frames=self.min_frames)
         maps_BCTHW = clip_BTCHW.transpose(1, 2)
         for layer in self._trunk():
             maps_BCTHW = layer(maps_BCTHW)
@@ -132,22 +136,11 @@ class I3D(nn.Module):
         Its clip form is ``answers`` for lengths divisible by 8, and differs at the edges for others. In the causal
         variant the delay is 0, and every length agrees. Use it in eval mode: batch norms work frame by frame.
         """
-        chain = Chain(*(layer.streaming() for layer in self._trunk()), self.logits.streaming())
-        chain.train(self.training)
-        if (own := info_of(self)) is not None:
-            spec = own.input_spec.replace(layout="BCHW", num_frames=1, min_frames=None, delay_ticks=chain.delay_ticks)
-            attach_info(chain, replace(own, input_spec=spec))
-        return chain
+        return as_stream_of(self, Chain(*(layer.streaming() for layer in self._trunk()), self.logits.streaming()))
+
+    def streaming_features(self) -> Chain:
+        """``features`` on a stream: maps (B, num_features, H', W') every 8 ticks."""
+        return as_stream_of(self, Chain(*(layer.streaming() for layer in self._trunk())))
 
     def _trunk(self) -> Iterator[TrunkLayer]:
         return (self.get_submodule(name) for name, *_ in TRUNK)  # type: ignore[misc]
-
-    def _check(self, clip_BTCHW: Tensor) -> None:
-        shape = tuple(clip_BTCHW.shape)
-        if len(shape) != 5 or shape[2] != 3:
-            hint = "; its axes seem to be B,C,T,H,W: use transpose(1, 2)" if len(shape) == 5 and shape[1] == 3 else ""
-            raise LayoutError(f"I3D was given the shape {shape}; expected (B, T, 3, H, W){hint}")
-        if shape[1] < self.min_frames:
-            raise LayoutError(
-                f"I3D was given {shape[1]} frames; it needs {self.min_frames} or more: give a longer clip"
-            )

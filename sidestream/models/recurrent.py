@@ -79,6 +79,9 @@ class ImageRecurrent(nn.Module):
     Raises ``LayoutError`` for other axes, ``ModelError`` for a backbone that does not give what the cell reads.
     """
 
+    classifier = "head"
+    stride_px = 32
+
     def __init__(
         self,
         num_classes: int = 400,
@@ -92,6 +95,7 @@ class ImageRecurrent(nn.Module):
         hidden_size = hidden_size or HIDDEN_SIZE[cell]
         self.backbone, num_channels = image_encoder(backbone, as_maps=self.reads_maps)
         self.cell = CELLS[cell](num_channels, hidden_size)
+        self.num_features = hidden_size
         self.head = nn.Linear(hidden_size, num_classes)
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
@@ -99,10 +103,22 @@ class ImageRecurrent(nn.Module):
 
     def answers(self, clip_BTCHW: Tensor) -> Tensor:
         """Logits of every frame (B, T, num_classes), each from the frames up to it: the clip form of ``streaming``."""
-        check_clip("the recurrent model", clip_BTCHW)
-        frames_NCHW = clip_BTCHW.flatten(0, 1)
-        hidden_BTX = self.cell(self.backbone(frames_NCHW).unflatten(0, clip_BTCHW.shape[:2]))
+        hidden_BTX = self._hidden(clip_BTCHW)
         return self.head(hidden_BTX.mean((-2, -1)) if self.reads_maps else hidden_BTX)
+
+    def features(self, clip_BTCHW: Tensor) -> Tensor:
+        """Hidden maps of every frame, (B, T, num_features, H', W'); 1 x 1 for the cells that read features."""
+        hidden_BTX = self._hidden(clip_BTCHW)
+        return hidden_BTX if self.reads_maps else hidden_BTX[..., None, None]
+
+    def streaming_features(self) -> Chain:
+        """``features`` on a stream."""
+        as_maps = () if self.reads_maps else (PerFrame(nn.Unflatten(1, (self.num_features, 1, 1))),)
+        return as_stream_of(self, Chain(PerFrame(self.backbone), self.cell, *as_maps))
+
+    def _hidden(self, clip_BTCHW: Tensor) -> Tensor:
+        check_clip("the recurrent model", clip_BTCHW)
+        return self.cell(self.backbone(clip_BTCHW.flatten(0, 1)).unflatten(0, clip_BTCHW.shape[:2]))
 
     def streaming(self) -> Chain:
         """The model on a stream, its parameters shared: logits (B, num_classes) of every frame, at once.

@@ -83,6 +83,8 @@ class TimeSformer(nn.Module):
     Raises ``LayoutError`` for other axes and sizes, ``ModelError`` for an unknown scheme.
     """
 
+    classifier = "head"
+
     def __init__(self, num_classes: int = 400, *, scheme: str = "divided", size: Size | None = None) -> None:
         super().__init__()
         if scheme not in SCHEMES:
@@ -91,6 +93,7 @@ class TimeSformer(nn.Module):
         dim = self.size.dim
         self.embedding = Embedding(self.size, has_times=scheme != "space")
         self.blocks = nn.ModuleList(Block(SCHEMES[scheme], dim, self.size.num_heads) for _ in range(self.size.depth))
+        self.num_features, self.stride_px = dim, self.size.patch_px
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         self._begin()
@@ -98,6 +101,10 @@ class TimeSformer(nn.Module):
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         class_BKD, _ = self.tokens(clip_BTCHW)
         return self.head(self.norm(class_BKD.mean(1)))
+
+    def features(self, clip_BTCHW: Tensor) -> Tensor:
+        """Maps of every frame after the last norm, without the class token: (B, T, D, H / patch, W / patch)."""
+        return self.norm(self.tokens(clip_BTCHW)[1]).movedim(-1, 2)
 
     def tokens(self, clip_BTCHW: Tensor) -> tuple[Tensor, Tensor]:
         """After all blocks, before the last norm: class tokens (B, 1, D), or for "space" (B, T, D), and patches

@@ -8,9 +8,12 @@ sees share an entry.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
+from sidestream.errors import LayoutError
 from sidestream.models.clip_layout import as_stream_of, check_clip
 from sidestream.models.timesformer import TimeSformer
 from sidestream.models.timesformer_blocks import Attention, Block
@@ -27,9 +30,12 @@ class CausalTimeSformer(nn.Module):
     Raises ``LayoutError`` for other axes and sizes.
     """
 
+    classifier = "net.head"
+
     def __init__(self, num_classes: int = 400, *, size: Size | None = None) -> None:
         super().__init__()
         self.net = TimeSformer(num_classes, scheme="divided", size=size)
+        self.num_features, self.stride_px = self.net.num_features, self.net.stride_px
         self._clip_form = (self._chain(),)  # in a tuple, so that the shared parameters are not listed twice
 
     @property
@@ -44,6 +50,19 @@ class CausalTimeSformer(nn.Module):
         """Logits of every frame (B, T, num_classes), each from the frames up to it: the clip form of ``streaming``."""
         check_clip("TimeSformer", clip_BTCHW)
         return self._clip_form[0](clip_BTCHW)
+
+    def features(self, clip_BTCHW: Tensor) -> Tensor:
+        """Maps of every frame after the last norm, without the class token: (B, T, D, H / patch, W / patch)."""
+        check_clip("TimeSformer", clip_BTCHW)
+        tokens_BTND = clip_BTCHW
+        for layer in self._clip_form[0].layers[:-1]:
+            tokens_BTND = layer(tokens_BTND)
+        height, width = (side // self.stride_px for side in clip_BTCHW.shape[-2:])
+        return self.net.norm(tokens_BTND[:, :, 1:]).unflatten(2, (height, width)).movedim(-1, 2)
+
+    def streaming_features(self) -> Chain:
+        """``features`` on a stream, for square frames (others: ``LayoutError``)."""
+        return as_stream_of(self, Chain(*self._chain().layers[:-1], PerFrame(SquareMaps(self.net.norm))))
 
     def streaming(self) -> Chain:
         """The net on a stream, its parameters shared: logits (B, num_classes) of every frame, at once."""
@@ -123,6 +142,21 @@ class Answer(nn.Module):
 
     def forward(self, tokens_BND: Tensor) -> Tensor:
         return self.head(self.norm(tokens_BND[:, 0]))
+
+
+class SquareMaps(nn.Module):
+    """Tokens of a square frame (B, 1 + N, D) -> maps (B, D, H, W), without the class token."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, tokens_BND: Tensor) -> Tensor:
+        num_patches = tokens_BND.shape[1] - 1
+        side = math.isqrt(num_patches)
+        if side**2 != num_patches:
+            raise LayoutError(f"{num_patches} patches do not make a square; give frames as high as they are wide")
+        return self.norm(tokens_BND[:, 1:]).transpose(1, 2).unflatten(2, (side, side))
 
 
 def _joined(class_BTD: Tensor, patches_BTHWD: Tensor) -> Tensor:

@@ -89,9 +89,13 @@ class TSM(nn.Module):
     Raises ``LayoutError`` for other axes, ``ModelError`` for another kind of net.
     """
 
+    stride_px = 32
+
     def __init__(self, net: nn.Module, *, is_online: bool = False) -> None:
         super().__init__()
         self.net, self.is_online = net, is_online
+        self.classifier = "net.fc" if hasattr(net, "fc") else "net.classifier"
+        self.num_features = next(m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear)).in_features
         self._clip_form = (self._chain(),)  # in a tuple, so that the shared parameters are not listed twice
 
     @property
@@ -106,6 +110,17 @@ class TSM(nn.Module):
         """Logits of every frame (B, T, num_classes): the clip form of ``streaming``."""
         check_clip("TSM", clip_BTCHW)
         return self._clip_form[0](clip_BTCHW)
+
+    def features(self, clip_BTCHW: Tensor) -> Tensor:
+        """Maps of every frame before the last pooling, (B, T, num_features, H / 32, W / 32)."""
+        check_clip("TSM", clip_BTCHW)
+        for layer in self._clip_form[0].layers[:-1]:
+            clip_BTCHW = layer(clip_BTCHW)
+        return clip_BTCHW
+
+    def streaming_features(self) -> Chain:
+        """``features`` on a stream: maps (B, num_features, H / 32, W / 32), as late as ``streaming``."""
+        return as_stream_of(self, Chain(*self._chain().layers[:-1]))
 
     def streaming(self) -> Chain:
         """The net on a stream, its parameters shared: logits (B, num_classes) of every frame.
