@@ -6,9 +6,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sidestream.models.clip_layout import check_clip
+
 
 class ClipBorder(nn.Module):
-    """Wraps ``net``, which reads ``clip_BCTHW``, so that it reads ``clip_BTCHW``; what it answers is unchanged."""
+    """Wraps ``net``, which reads ``clip_BCTHW``, so that it reads ``clip_BTCHW``; what it answers is unchanged.
+
+    Raises ``LayoutError`` for other axes.
+    """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -20,4 +25,5 @@ class ClipBorder(nn.Module):
         return self.net
 
     def forward(self, clip_BTCHW: Tensor) -> Any:
+        check_clip(type(self.net).__name__, clip_BTCHW)
         return self.net(clip_BTCHW.transpose(1, 2))

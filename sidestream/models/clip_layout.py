@@ -19,6 +19,8 @@ def check_clip(family: str, clip_BTCHW: Tensor, *, min_frames: int = 1) -> None:
         raise LayoutError(f"{family} was given the shape {shape}; expected (B, T, 3, H, W){hint}")
     if shape[1] < min_frames:
         raise LayoutError(f"{family} was given {shape[1]} frames; it needs {min_frames} or more: give a longer clip")
+    if not clip_BTCHW.is_floating_point():
+        raise LayoutError(f"{family} was given {clip_BTCHW.dtype}; expected float, prepared by its input spec")
 
 
 def as_stream_of(model: nn.Module, chain: Chain) -> Chain:

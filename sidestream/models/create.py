@@ -13,6 +13,7 @@ from typing import Protocol, cast, get_args
 from torch import nn
 
 from sidestream.errors import InputError, ModelError, WeightsError
+from sidestream.models.guard import guard_frames
 from sidestream.models.heads import DenseModel, HeadKind
 from sidestream.models.info import ModelInfo, Task, attach_info, info_of
 from sidestream.models.labels import read_labels
@@ -43,7 +44,20 @@ class Library(Protocol):
 
 # In the order in which a bare name is looked up. A new family is a new module, named here.
 LIBRARIES: dict[str, tuple[str, ...]] = {
-    "sidestream": ("efficientnet_lite", "i3d", "tsm", "recurrent", "timesformer"),
+    "sidestream": (
+        "efficientnet_lite",
+        "i3d",
+        "conv3d_zoo",
+        "slowfast_single",
+        "slowfast",
+        "x3d",
+        "tsm",
+        "recurrent",
+        "timesformer",
+        "transformers_zoo",
+        "frame",
+        "tsn",
+    ),
     "torchvision": ("torchvision_zoo",),
     "timm": ("timm_zoo",),
 }
@@ -59,7 +73,8 @@ def create_model(
 ) -> nn.Module:
     """A model in eval mode, with its ``ModelInfo`` attached (``input_spec_of``, ``labels_of``).
 
-    ``name`` is ``library/model`` or a bare name, looked up in Sidestream, torchvision, timm. Frame models read
+    ``name`` is ``library/model`` or a bare name, looked up in Sidestream, torchvision, timm; or the folder of a saved
+    model, or "hf:USER/NAME" on the hub, which come with weights and labels of their own. Frame models read
     ``frame_BCHW``, clip models ``clip_BTCHW``, both normalised as their input spec says.
     ``num_classes``: another number of classes than the library's (a fresh head).
     ``weights``: None for random ones, "default" for the library's own (from its hub, or a package), or the path of a
@@ -70,9 +85,14 @@ def create_model(
 
     Raises ``ModelError`` for an unknown name, ``WeightsError`` for weights that cannot be had or do not fit.
     """
-    library, inner = _resolve(name)
     if head not in get_args(HeadKind):
         raise ModelError(f"{head=} is unknown; there are {', '.join(get_args(HeadKind))}")
+    if _is_saved(name):
+        from sidestream.models.pretrained import create_saved
+
+        own = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
+        return create_saved(name, num_classes=num_classes, weights=weights, labels=own, head=head)
+    library, inner = _resolve(name)
     if head != "classes":
         return _with_dense_head(name, num_classes, weights, labels, head)
     if num_classes is not None and num_classes < 1:
@@ -86,6 +106,8 @@ def create_model(
         model = library.build(inner, num_classes)
         if weights is not None:
             load_weights(model, weights, key_map=library.key_map(inner))
+    if wanted.task in ("image", "segmentation"):
+        guard_frames(model, wanted.name)
     return attach_info(model.eval(), wanted)
 
 
@@ -104,6 +126,12 @@ def model_info(name: str) -> ModelInfo:
     """What ``name`` stands for, without making the model. Raises ``ModelError`` for an unknown name."""
     library, inner = _resolve(name)
     return library.info(inner)
+
+
+def key_map_of(name: str) -> KeyMap:
+    """What becomes of the keys of foreign weights files for ``name``. Raises ``ModelError`` for an unknown name."""
+    library, inner = _resolve(name)
+    return library.key_map(inner)
 
 
 def _with_dense_head(
@@ -158,6 +186,19 @@ def _resolve(name: str) -> tuple[Library, str]:
             if inner in library.names():
                 return library, inner
     raise ModelError(f"unknown model {name!r}; {_nearest(inner)}list all with 'sidestream models'")
+
+
+def _is_saved(name: str) -> bool:
+    """Whether ``name`` is a place that ``from_pretrained`` reads; the names of models come before those of folders."""
+    if not os.path.isdir(name):
+        return name.startswith("hf:")
+    if os.sep not in name and not os.path.isfile(os.path.join(name, "config.json")):
+        return False
+    try:
+        _resolve(name)
+    except ModelError:
+        return True
+    return False
 
 
 def _nearest(inner: str) -> str:

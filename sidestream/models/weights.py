@@ -24,8 +24,8 @@ KeyMap = Callable[[StateDict], StateDict]
 
 log = logging.getLogger(__name__)
 
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_WRAPPERS = ("state_dict", "model")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".pyth", ".bin")
+_WRAPPERS = ("state_dict", "model", "model_state")
 _NUM_NAMED = 3
 
 
@@ -61,7 +61,7 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def read_state(path: str | os.PathLike[str]) -> StateDict:
-    """The tensors of a ``.safetensors`` or ``.pt`` / ``.pth`` / ``.bin`` file by key, on the CPU, unwrapped."""
+    """The tensors of a ``.safetensors`` file or one of torch's (``.pt``, ``.pth``) by key, on the CPU, unwrapped."""
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"there is no weights file {str(file)!r}; give a path to one, or weights='default'")

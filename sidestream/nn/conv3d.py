@@ -10,6 +10,8 @@ from sidestream.nn.window import Window, Windowed, triple
 
 Size = int | tuple[int, int, int]
 """One number, or three for time, height and width."""
+_FEW_CHANNELS, _MANY_FOLDED = 4, 16
+"""Images with so many taps: there the 3D convolution is the faster one (7x7x7 over RGB: 0.65 of the 2D one's time)."""
 
 
 class _Convolution(Windowed):
@@ -27,8 +29,23 @@ class _Convolution(Windowed):
         self.space_padding = (0, *conv.padding[1:])
 
     def slide(self, padded_BCTHW: Tensor) -> Tensor:
+        channels, taps = self.weight.shape[1:3]
+        is_faster_in_3d = channels <= _FEW_CHANNELS and channels * taps > _MANY_FOLDED
+        if padded_BCTHW.shape[2] == self.window.span + 1 and not is_faster_in_3d:
+            return self._one_window(padded_BCTHW)
         padding, dilation = self.space_padding, self.dilation
         return F.conv3d(padded_BCTHW, self.weight, self.bias, self.stride, padding, dilation, self.groups)
+
+    def _one_window(self, window_BCTHW: Tensor) -> Tensor:
+        """One answer, as a 2D convolution whose input channels are those of all taps: (C, taps) -> C * taps.
+
+        The same products, and no axis of length one for the convolution to walk along. Weights lie in memory in that
+        order already, so nothing is copied for it.
+        """
+        taps_BCHW = window_BCTHW[:, :, :: self.dilation[0]].flatten(1, 2)
+        (_, *stride), (_, *padding), (_, *dilation) = self.stride, self.space_padding, self.dilation
+        weight = self.weight.flatten(1, 2)
+        return F.conv2d(taps_BCHW, weight, self.bias, stride, padding, dilation, self.groups).unsqueeze(2)
 
     def extra_repr(self) -> str:
         return f"{tuple(self.weight.shape)}, {self.window}"

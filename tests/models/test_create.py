@@ -45,7 +45,7 @@ def test_frame_models_equal_the_library(name, make):
 
 @torch.no_grad()
 def test_clip_models_equal_the_library_behind_the_border():
-    ours = same_net(3, lambda: create_model("r3d_18"))
+    ours = same_net(3, lambda: create_model("torchvision/r3d_18"))
     theirs = same_net(3, torchvision.models.video.r3d_18)
     clip_BTCHW = torch.randn(1, 5, 3, 32, 48)
     assert torch.equal(ours(clip_BTCHW), theirs(clip_BTCHW.permute(0, 2, 1, 3, 4)))

@@ -72,6 +72,62 @@ def test_the_causal_form_equals_a_sum_over_earlier_frames(options: dict) -> None
     torch.testing.assert_close(step_through(layer, clip())[0], torch.stack(expected, 1), rtol=0, atol=1e-12)
 
 
+FOLDED = [*OPTIONS, {"kernel_size": (7, 3, 3), "padding": (3, 1, 1)}, {"kernel_size": 1, "stride": 2}]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("num_channels", [4, 12])
+@pytest.mark.parametrize("options", FOLDED)
+def test_one_window_equals_conv3d(options: dict, num_channels: int, layout: torch.memory_format) -> None:
+    """The form of one answer, on either side of the choice, in value and gradients, wherever the weights lie."""
+    torch.manual_seed(0)
+    layer = Conv3d(num_channels, 8, **options).double()
+    layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+    shape = (2, num_channels, layer.window.span + 1, 6, 5)
+    window_BCTHW = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    settings = (layer.stride, layer.space_padding, layer.dilation, layer.groups)
+    expected = F.conv3d(window_BCTHW, layer.weight, layer.bias, *settings)
+    for actual in (layer.slide(window_BCTHW), layer._one_window(window_BCTHW)):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+        given = [window_BCTHW, *layer.parameters()]
+        weights = torch.rand(expected.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        gradients = [torch.autograd.grad((a * weights).sum(), given, retain_graph=True) for a in (actual, expected)]
+        for by_fold, by_conv3d in zip(*gradients, strict=True):
+            assert by_conv3d.any()
+            torch.testing.assert_close(by_fold, by_conv3d, rtol=0, atol=1e-11)
+
+
+@torch.no_grad()
+def test_steps_follow_the_weights_of_now() -> None:
+    """Nothing is kept of the weights between steps: what training writes into them counts at once."""
+    layer, frame_BCHW = CausalConv3d(4, 8, 3, padding=1).double(), clip()[:, 0]
+    state = layer.init_state(frame_BCHW)
+    before, _ = layer.step(frame_BCHW, state)
+    layer.weight.mul_(2)
+    after, _ = layer.step(frame_BCHW, state)
+    bias = layer.bias[:, None, None]
+    torch.testing.assert_close(after - bias, 2 * (before - bias), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_step_can_be_exported() -> None:
+    class Step(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = CausalConv3d(4, 8, 3, padding=1).double()
+
+        def forward(self, frame_BCHW: Tensor, kept_BCTHW: Tensor) -> Tensor:
+            return self.layer.step(frame_BCHW, (kept_BCTHW, 0))[0]
+
+    step, frames = Step(), clip()
+    given = (frames[:, 2], frames[:, :2].transpose(1, 2))
+    exported = torch.export.export(step, given)
+    names = {str(node.target) for node in exported.graph.nodes}
+    assert "aten.conv2d.default" in names
+    assert "aten.conv3d.default" not in names
+    assert torch.equal(exported.module()(*given), step(*given))
+
+
 def test_the_example_of_the_contract() -> None:
     """Drawn in nn/steppable.py: kernel 3, stride 2, padding 1, five frames."""
     layer = Conv3d(1, 1, (3, 1, 1), stride=(2, 1, 1), padding=(1, 0, 0), bias=False)
