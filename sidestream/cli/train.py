@@ -1,0 +1,169 @@
+"""``sidestream train``: a model by name, trained on labelled clips; leaves a folder from which it can be resumed."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+from sidestream.errors import InputError
+
+FRAMES_OF_FRAME_MODELS = 8
+"""Frames of a clip, of which a frame model reads each by itself and the logits are averaged."""
+
+
+def train(
+    data: str | None = None,
+    model: str | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    num_frames: int | None = None,
+    size: int | None = None,
+    frame_step: int | None = None,
+    epochs: int = 20,
+    lr: float = 0.01,
+    batch_size: int = 16,
+    seed: int = 0,
+    rule: str = "backprop",
+    task: Literal["clip", "frame"] = "clip",
+    optimizer: str = "sgd",
+    weight_decay: float = 1e-4,
+    warmup_epochs: float = 1.0,
+    clip_norm: float | None = None,
+    label_smoothing: float = 0.0,
+    accumulate: int = 1,
+    precision: Literal["no", "bf16", "fp16"] = "no",
+    device: Literal["auto", "cpu"] = "auto",
+    patience: int | None = None,
+    weights: str = "random",
+    split: str | None = None,
+    root: Path | None = None,
+    crop: bool = False,
+    flip: bool = False,
+    cache_mib: int = 512,
+    num_workers: int = 2,
+    checkpoint_minutes: float = 5.0,
+    tensorboard: bool = False,
+) -> int:
+    """Train a model on labelled clips: a folder of class-named folders, a CSV manifest, or a data set by name.
+
+    Writes RUN/config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors and curve.png. A run
+    that was stopped, in whatever way, is taken up with `sidestream train --resume RUN`, and ends with the weights that
+    it would have had.
+
+    Args:
+        data: a folder, a .csv (path,label[,start_seconds,end_seconds][,split]), or jhmdb, weizmann, synthetic,
+            synthetic_shapes, synthetic_both.
+        model: a name from `sidestream models`.
+        out: folder of the new run.
+        resume: folder of a run to go on with; everything else is taken from it.
+        num_frames: frames of a clip (default: the model's own).
+        size: height and width of the frames in pixels (default: the model's own).
+        frame_step: distance of a clip's frames in the video (default: the model's own).
+        epochs: passes over the training clips.
+        lr: largest learning rate; it warms up to it and falls along a cosine.
+        batch_size: clips of a batch.
+        seed: of the initial weights, the clips, their order and dropout.
+        rule: who computes the gradients.
+        task: clip (the loss of the clip's logits) or frame (of every frame's).
+        optimizer: any of torch.optim by name.
+        weight_decay: of weights, not of biases and norms.
+        warmup_epochs: epochs in which the learning rate rises.
+        clip_norm: longest gradient.
+        label_smoothing: share of each label that is spread over all classes.
+        accumulate: batches whose gradients make one update.
+        precision: no (float32), bf16 or fp16.
+        device: auto (a GPU where there is one) or cpu.
+        patience: stop after so many epochs without a better test accuracy.
+        weights: to start from: random, default (the library's own), or a file.
+        split: of a data set by name: jhmdb 1, 2 or 3; weizmann the held-out actors, such as daria,eli.
+        root: folder that holds the data sets by name (default: the environment variable SIDESTREAM_DATA).
+        crop: train on random crops.
+        flip: mirror half of the training clips.
+        cache_mib: memory for decoded clips of each part, in MiB.
+        num_workers: decoding threads.
+        checkpoint_minutes: time between checkpoints within an epoch.
+        tensorboard: write a TensorBoard log too.
+    """
+    given = dict(locals())
+    if resume is not None:
+        return _run(resume, _saved_options(resume, given), is_resumed=True)
+    missing = [f"--{name}" for name in ("data", "model", "out") if given[name] is None]
+    if missing:
+        raise InputError(f"{', '.join(missing)} missing; give --data, --model and --out for a new run, or --resume RUN")
+    assert out is not None  # is one of the three
+    return _run(out, given, is_resumed=False)
+
+
+def _saved_options(run: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that the run was begun with. Of those given now only what changes no value counts."""
+    from sidestream.train.folder import FREE_TO_CHANGE, read_config
+
+    defaults = _defaults()
+    changed = {n for n, value in given.items() if n != "resume" and value != defaults[n]}
+    if fixed := changed - FREE_TO_CHANGE:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(fixed))
+        raise InputError(f"{names} given beside --resume; a resumed run keeps the options that it was begun with")
+    options = read_config(run).get("command")
+    if not isinstance(options, dict):
+        raise InputError(f"{run}/config.json has no 'command': the run was begun from Python; resume it with fit(...)")
+    return {**defaults, **options, **{name: given[name] for name in changed}}
+
+
+def _defaults() -> dict[str, Any]:
+    import inspect
+
+    return {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+
+
+def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
+    from sidestream.models import create_model
+    from sidestream.train import TrainConfig, fit
+    from sidestream.train.folder import RunFolder
+    from sidestream.train.hardware import seed_all
+    from sidestream.train.rules import rule_by_name
+
+    logging.getLogger("sidestream").setLevel(logging.INFO)
+    config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__ if name in options})
+    rule_by_name(config.rule)
+    RunFolder(out, resume=is_resumed)  # refuses before the work
+    train_data, test_data = _data(options)
+    seed_all(config.seed)
+    given = None if options["weights"] == "random" else options["weights"]
+    net = create_model(options["model"], num_classes=train_data.num_classes, weights=given)
+    plain = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if name not in ("resume", "out")}
+    result = fit(net, train_data, test_data, config=config, out=out, resume=is_resumed, about={"command": plain})
+    accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.4f}"
+    skipped = f", {len(result.skipped)} unreadable clips skipped" if result.skipped else ""
+    print(f"{options['model']} on {options['data']}: {result.num_epochs} epochs{accuracy}{skipped}; {out}")
+    return 0
+
+
+def _data(options: dict[str, Any]) -> tuple[Any, Any]:
+    """Both parts, as the model wants its clips."""
+    from dataclasses import replace
+
+    from sidestream.data import ClipOptions, open_dataset
+    from sidestream.models.create import model_info
+
+    own = model_info(options["model"]).input_spec
+    spec = replace(
+        own,
+        num_frames=_or(options["num_frames"], own.num_frames if own.layout == "BTCHW" else FRAMES_OF_FRAME_MODELS),
+        frame_step=_or(options["frame_step"], own.frame_step),
+        size_px=own.size_px if options["size"] is None else (options["size"], options["size"]),
+        resize_px=own.resize_px if options["size"] is None else None,
+    )
+    clips = ClipOptions(
+        seed=options["seed"],
+        random_crop=options["crop"],
+        random_flip=options["flip"],
+        cache_bytes=options["cache_mib"] * 2**20,
+    )
+    shared = {"split": options["split"], "root": options["root"], "spec": spec, "options": clips}
+    train_data = open_dataset(options["data"], part="train", **shared)
+    return train_data, open_dataset(options["data"], part="test", **shared)
+
+
+def _or(given: int | None, default: int) -> int:
+    return default if given is None else given

@@ -1,0 +1,208 @@
+"""``ClipDataset``: labelled clips, map-style; each item is a function of (seed, epoch, index) and of the files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sidestream.data.pictures import OpenPictures, PictureStore, Times, file_pictures
+from sidestream.data.record import ClipRecord, check_labels, check_stretch
+from sidestream.data.sampling import Short, clip_indices, possible_starts, random_generator, spread_start
+from sidestream.errors import InputError, LayoutError
+from sidestream.types import Clip, InputSpec
+from sidestream.video import prepare
+from sidestream.video.prepare import placement
+
+log = logging.getLogger("sidestream.data")
+
+Part = Literal["train", "test"]
+CROP_MARGIN = 8 / 7
+"""With random crops and no ``resize_px``, pictures are resized to this times the size that is cut out of them."""
+PLAIN = InputSpec(size_px=(64, 64), mean=(0, 0, 0), std=(1, 1, 1), layout="BTCHW", num_frames=8)
+"""Where no model says what it wants: 8 frames of 64 x 64 pixels, values in [0, 1]."""
+
+
+class ClipItem(NamedTuple):
+    """One clip as a model wants it."""
+
+    clip_TCHW: Tensor
+    """float32: pixels in [0, 1], less the spec's mean, by its std (so in [0, 1] with mean 0 and std 1)."""
+    label: int
+    key: str
+    pts_seconds: Times
+    """Presentation times of the T frames that were used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipOptions:
+    """How clips are taken from records."""
+
+    seed: int = 0
+    num_clips: int = 1
+    """Clips of each test record, evenly spread; a single one is centred."""
+    short: Short = "repeat"
+    """A stretch that is too short holds its last frame ("repeat") or begins again ("loop")."""
+    frame_rate: float | None = None
+    """Count the spec's frame step in frames of this rate (frames a second), by time; None: in the video's own."""
+    random_crop: bool = False
+    """Train: cut the picture out at a random place, the same for all frames of a clip."""
+    random_flip: bool = False
+    """Train: mirror half of the clips left-right (not where left and right are classes)."""
+    cache_bytes: int = 512 * 2**20
+    """Memory for decoded, resized uint8 frames; 0 decodes every time."""
+
+
+class ClipDataset(Dataset[ClipItem]):
+    """``len``, ``dataset[index] -> ClipItem``; with torch's own DataLoader call ``set_epoch`` for new random clips.
+
+    Args:
+        records: what there is; ``class_names[label]`` names a label.
+        part: "train" takes a random start, drawn by (seed, epoch, index); "test" takes spread, fixed ones.
+        spec: what the model wants: frames, step, size, mean, std.
+        open_pictures: reads a record; by default files and folders of images.
+
+    Raises:
+        InputError: no records, labels out of range, or options that make no sense.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ClipRecord],
+        class_names: Sequence[str],
+        *,
+        part: Part = "train",
+        spec: InputSpec = PLAIN,
+        options: ClipOptions = ClipOptions(),
+        name: str = "clips",
+        open_pictures: OpenPictures = file_pictures,
+    ) -> None:
+        _check(records, part, spec, options, name)
+        check_labels(records, len(class_names), name)
+        self.records, self.class_names = tuple(records), tuple(class_names)
+        self.part, self.spec, self.options, self.name = part, spec, options, name
+        self.epoch = 0
+        self.skipped: dict[str, str] = {}
+        """Records that could not be read, by key, and why."""
+        self._open = open_pictures
+        self._store = PictureStore(
+            resized_px=self._resized_px,
+            interpolation=spec.interpolation,
+            open_pictures=open_pictures,
+            cache_bytes=options.cache_bytes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.records) * self.clips_per_record
+
+    def __getitem__(self, index: int) -> ClipItem:
+        return self.item(index, self.epoch)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def clips_per_record(self) -> int:
+        return self.options.num_clips if self.part == "test" else 1
+
+    @property
+    def num_cached_bytes(self) -> int:
+        return self._store.num_cached_bytes
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def with_part(self, part: Part) -> ClipDataset:
+        """The same records taken as ``part`` does: train clips as evaluation wants them, for example."""
+        return ClipDataset(
+            self.records,
+            self.class_names,
+            part=part,
+            spec=self.spec,
+            options=self.options,
+            name=self.name,
+            open_pictures=self._open,
+        )
+
+    def item(self, index: int, epoch: int = 0) -> ClipItem:
+        """Clip ``index`` of that epoch. Raises ``SourceError`` where no frame can be decoded."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"clip {index} of {self.name}, which has {len(self)}")
+        number, clip_number = divmod(index % len(self), self.clips_per_record)
+        record = self.records[number]
+        chance = random_generator(self.options.seed, epoch, number)
+        rgb_THWC, times = self._store.fetch(record, partial(self._choose, clip_number, chance))
+        clip = Clip(self._cut(rgb_THWC, chance), times)
+        clip_BTCHW = prepare(clip, replace(self.spec, resize_px=None))
+        return ClipItem(clip_BTCHW[0], record.label, record.name, times)
+
+    def skip(self, index: int, reason: Exception) -> None:
+        """Note that clip ``index`` cannot be had; reported once for each record."""
+        record = self.records[index // self.clips_per_record]
+        if record.name not in self.skipped:
+            self.skipped[record.name] = str(reason)
+            log.warning("%s: skipped %s (%d so far): %s", self.name, record.name, len(self.skipped), reason)
+
+    def _choose(self, clip_number: int, chance: np.random.Generator, times: Times) -> list[int]:
+        num_frames, step, rate = self.spec.num_frames, self.spec.frame_step, self.options.frame_rate
+        num_starts = possible_starts(times, num_frames, step, rate)
+        if self.part == "train":
+            start = int(chance.integers(num_starts))
+        else:
+            start = spread_start(num_starts, clip_number, self.options.num_clips)
+        return clip_indices(
+            times, start=start, num_frames=num_frames, frame_step=step, short=self.options.short, frame_rate=rate
+        )
+
+    @property
+    def _crops(self) -> bool:
+        return self.part == "train" and self.options.random_crop
+
+    def _resized_px(self, frame_size_px: tuple[int, int]) -> tuple[int, int]:
+        if self._crops and self.spec.resize_px is None:
+            height, width = self.spec.size_px
+            return round(height * CROP_MARGIN), round(width * CROP_MARGIN)
+        return placement(frame_size_px, self.spec).resized_px
+
+    def _cut(self, rgb_THWC: Tensor, chance: np.random.Generator) -> Tensor:
+        """The part of the picture that the model sees: the centre, or a random one; perhaps mirrored."""
+        height, width = self.spec.size_px
+        spare = int(rgb_THWC.shape[1]) - height, int(rgb_THWC.shape[2]) - width
+        if self._crops:
+            top, left = (int(chance.integers(each + 1)) for each in spare)
+        else:
+            top, left = (round(each / 2.0) for each in spare)
+        rgb_THWC = rgb_THWC[:, top : top + height, left : left + width]
+        if self.part == "train" and self.options.random_flip and chance.integers(2):
+            rgb_THWC = torch.flip(rgb_THWC, (2,))
+        return rgb_THWC
+
+
+def _check(records: Sequence[ClipRecord], part: str, spec: InputSpec, options: ClipOptions, name: str) -> None:
+    if not records:
+        raise InputError(f"{name} has no clip for the part {part!r}; give a data set with at least one")
+    if part not in ("train", "test"):
+        raise InputError(f"{part = }; expected 'train' or 'test'")
+    if options.short not in ("repeat", "loop"):
+        raise InputError(f"short is {options.short!r}; expected 'repeat' or 'loop'")
+    if options.num_clips < 1 or options.seed < 0 or options.cache_bytes < 0:
+        raise InputError(
+            f"num_clips={options.num_clips}, seed={options.seed}, cache_bytes={options.cache_bytes}; "
+            "give 1 or more clips, and 0 or more for the others"
+        )
+    if options.frame_rate is not None and not options.frame_rate > 0:
+        raise InputError(f"frame_rate={options.frame_rate}; give frames per second above 0, or None")
+    if spec.num_frames < 1 or spec.frame_step < 1 or min(spec.size_px) < 1:
+        raise LayoutError(
+            f"clips of {spec.num_frames} frames, step {spec.frame_step}, size {spec.size_px}; give 1 or more of each"
+        )
+    for record in records:
+        check_stretch(record)

@@ -1,0 +1,149 @@
+"""``fit``: train a model on labelled clips, with any rule; leaves a folder from which the run can be resumed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sidestream.data import ClipDataset, Loader
+from sidestream.errors import InputError
+from sidestream.report import machine
+from sidestream.train.answering import Answering, check_model
+from sidestream.train.checkpoint import NAME as CHECKPOINT
+from sidestream.train.config import TrainConfig
+from sidestream.train.folder import RunFolder
+from sidestream.train.hardware import make_accelerator
+from sidestream.train.loop import Loop
+from sidestream.train.optimisers import make_optimizer, optimizer_class
+from sidestream.train.progress import progress
+from sidestream.train.rules import StepContext, rule_by_name
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a run came to; the same stands in its log."""
+
+    out: Path
+    num_epochs: int
+    """Epochs that were done: fewer than asked for where it stopped early."""
+    num_updates: int
+    seconds: float
+    """Of the whole run, over all the times it was resumed."""
+    test_accuracy: float | None
+    """Top-1 of the last weights on the test part; None without one."""
+    best_test_accuracy: float | None
+    """Of the best epoch's: chosen on the test part, so no estimate for unseen clips."""
+    history: tuple[dict[str, Any], ...]
+    """One record per epoch: train_loss, train_accuracy, test_loss, test_accuracy, seconds ..."""
+    skipped: dict[str, str]
+    """Records that could not be read, and why."""
+
+
+def fit(
+    model: nn.Module,
+    train_data: ClipDataset,
+    test_data: ClipDataset | None = None,
+    *,
+    config: TrainConfig,
+    out: str | os.PathLike[str],
+    resume: bool = False,
+    about: Mapping[str, Any] | None = None,
+) -> TrainResult:
+    """Train ``model`` in place; at the end it has the last weights and is in eval mode.
+
+    Args:
+        model: clips (B, T, 3, H, W), or frames (B, 3, H, W) with an input spec that says so, to logits.
+        test_data: evaluated after every epoch.
+        out: folder for config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors, curve.png.
+        resume: go on with the run in ``out``, which must have been begun with the same configuration and data; one
+            that was killed before its first checkpoint begins anew, with the weights that ``model`` has.
+        about: what else to write into config.json (how the model and the data were made). Plain values.
+
+    BatchNorm works as usual in training: statistics of the batch's clips and frames together.
+
+    Raises:
+        InputError: a model that does not take the clips, labels that it does not answer, an unknown rule or
+            optimiser, ``out`` holds a run already (or none, to resume), or the run was begun with other options.
+        TrainError: the loss is NaN or infinite; the last checkpoint stays.
+    """
+    make_rule = rule_by_name(config.rule)
+    optimizer_class(config.optimizer)
+    folder = RunFolder(out, resume=resume)
+    if resume:
+        folder.check_same(config)
+    net = Answering(model, config.task)
+    accelerator = make_accelerator(config)
+    loaders = _loaders(train_data, test_data, config, (accelerator.process_index, accelerator.num_processes))
+    net.to(accelerator.device)
+    check_model(net, next(loaders[0].batches(0)).clip_BTCHW[:2].to(accelerator.device), train_data.num_classes)
+    if not resume and accelerator.is_main_process:
+        folder.start(config, _about(model, train_data, test_data) | dict(about or {}))
+    accelerator.wait_for_everyone()
+    prepared = accelerator.prepare(net)
+    rule = make_rule(StepContext(model, prepared, config, accelerator.backward))
+    optimizers = rule.make_optimizers(lambda parameters: accelerator.prepare(make_optimizer(parameters, config)))
+    loop = Loop(
+        accelerator=accelerator,
+        net=prepared,
+        rule=rule,
+        optimizers=optimizers,
+        loaders=loaders,
+        config=config,
+        folder=folder,
+    )
+    if resume and (folder.path / CHECKPOINT).is_file():
+        loop.resume()
+    is_main = accelerator.is_main_process
+    with progress(loop.num_batches, folder.path, tensorboard=config.tensorboard, is_main=is_main) as report:
+        loop.run(report)
+    model.eval()
+    if is_main:
+        folder.draw(f"{type(model).__name__}, {config.rule}, {train_data.name}")
+    return _result(loop, train_data, test_data)
+
+
+def _loaders(
+    train_data: ClipDataset, test_data: ClipDataset | None, config: TrainConfig, shard: tuple[int, int]
+) -> tuple[Loader, Loader | None]:
+    if test_data is not None and test_data.class_names != train_data.class_names:
+        raise InputError(
+            f"the classes of {test_data.name} ({test_data.num_classes}) are not those of {train_data.name} "
+            f"({train_data.num_classes}); give two parts of one data set"
+        )
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers, "shard": shard}
+    train_loader = Loader(train_data, seed=config.seed, shuffle=True, **sizes)
+    return train_loader, None if test_data is None else Loader(test_data, shuffle=False, **sizes)
+
+
+def _about(model: nn.Module, train_data: ClipDataset, test_data: ClipDataset | None) -> dict[str, Any]:
+    return {
+        "model_class": type(model).__name__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
+        "train_data": {"name": train_data.name, "num_clips": len(train_data)},
+        "test_data": None if test_data is None else {"name": test_data.name, "num_clips": len(test_data)},
+        "class_names": list(train_data.class_names),
+        "num_frames": train_data.spec.num_frames,
+        "frame_step": train_data.spec.frame_step,
+        "size_px": list(train_data.spec.size_px),
+        "machine": machine(),
+    }
+
+
+def _result(loop: Loop, train_data: ClipDataset, test_data: ClipDataset | None) -> TrainResult:
+    history = loop.folder.epochs()
+    accuracies = [r["test_accuracy"] for r in history if r.get("test_accuracy") is not None]
+    return TrainResult(
+        out=loop.folder.path,
+        num_epochs=loop.at.epoch,
+        num_updates=loop.at.num_updates,
+        seconds=loop.at.seconds,
+        test_accuracy=accuracies[-1] if accuracies else None,
+        best_test_accuracy=max(accuracies) if accuracies else None,
+        history=tuple(history),
+        skipped={**train_data.skipped, **(test_data.skipped if test_data is not None else {})},
+    )

@@ -1,0 +1,96 @@
+"""``TrainStep``: what a training rule is to the loop; ``RULES``: the rules by name. Here: plain backpropagation.
+
+A rule computes gradients; the loop owns the schedule, the logs and the checkpoints, in which the optimisers' states
+are. A rule asks for one optimiser for each group of parameters that is updated on its own: one for plain backprop,
+one per stage for rules on a circuit. While it works through a batch it calls ``update(numbers)`` whenever the
+gradients in ``.grad`` of these optimisers' parameters are to be checked, clipped, applied and cleared: once per
+batch, or in every tick. Rules whose stages step their own optimisers need not call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sidestream.errors import InputError
+from sidestream.train.answering import cross_entropy
+from sidestream.train.config import TrainConfig
+
+Update = Callable[[Sequence[int]], None]
+"""Apply and clear the gradients of the optimisers with these numbers."""
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+"""Makes an optimiser as the configuration wants it."""
+Metrics = dict[str, Tensor]
+"""Detached scalars, means over the batch; "loss" is one of them, and is checked to be finite."""
+
+
+class TrainStep(Protocol):
+    """One rule on one model. From batch to batch it holds nothing but its optimisers' states and the weights."""
+
+    def make_optimizers(self, make: MakeOptimizer) -> list[Optimizer]:
+        """One optimiser for each group of parameters that is updated on its own. Called once, before the first step."""
+        ...
+
+    def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
+        """Work through one batch: forward, backward, and ``update`` when gradients are ready.
+
+        It must not call ``update`` with a loss that is NaN or infinite (``check_finite`` raises for it).
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """What a rule is given when it is made."""
+
+    model: nn.Module
+    """The bare model (to be cut, for example)."""
+    net: nn.Module
+    """``Answering`` on the model, prepared by accelerate: logits (B, T', N), under autocast, across processes."""
+    config: TrainConfig
+    backward: Callable[[Tensor], Any]
+    """Use this instead of ``loss.backward()``: it scales for fp16."""
+
+
+class Backprop:
+    """Forward over the whole clip, one backward, one update: for recurrent models this is full BPTT."""
+
+    def __init__(self, context: StepContext) -> None:
+        self._context = context
+
+    def make_optimizers(self, make: MakeOptimizer) -> list[Optimizer]:
+        return [make(p for p in self._context.model.parameters() if p.requires_grad)]
+
+    def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
+        logits_BTN = self._context.net(clip_BTCHW)
+        loss = cross_entropy(logits_BTN, labels_B, self._context.config.label_smoothing)
+        check_finite(loss)
+        self._context.backward(loss)
+        update((0,))
+        correct_B = logits_BTN.detach().mean(1).argmax(-1) == labels_B
+        return {"loss": loss.detach(), "accuracy": correct_B.float().mean()}
+
+
+RULES: dict[str, Callable[[StepContext], TrainStep]] = {"backprop": Backprop}
+"""A rule joins by a line here."""
+
+
+def rule_by_name(name: str) -> Callable[[StepContext], TrainStep]:
+    """Raises ``InputError`` for a rule that there is not."""
+    if name not in RULES:
+        raise InputError(f"there is no training rule {name!r}; there are: {', '.join(RULES)}")
+    return RULES[name]
+
+
+def check_finite(loss: Tensor) -> None:
+    """Raises ``NotFinite`` for a loss that is NaN or infinite."""
+    if not loss.isfinite().all():
+        raise NotFinite(f"the loss is {float(loss.detach().flatten()[0])}")
+
+
+class NotFinite(ArithmeticError):
+    """A loss or gradient that is NaN or infinite; the loop turns it into a ``TrainError`` that says where."""

@@ -1,0 +1,81 @@
+"""``sidestream train``: from a name to a folder of results, resumed, and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data.video_files import make_folder
+from safetensors.torch import load_file
+
+from sidestream.cli import main
+
+SMALL = ["--model", "timm/test_resnet", "--num-frames", "2", "--size", "32", "--epochs", "1", "--num-workers", "1"]
+MADE_UP = ["--data", "synthetic", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_folder(tmp_path_factory.mktemp("set"), num_clips=3))
+
+
+@pytest.fixture(scope="module")
+def run(folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("train") / "run"
+    assert main(["train", "--data", folder, *SMALL, "--seed", "5", "--out", str(out)]) == 0
+    return out
+
+
+def test_a_run_leaves_its_files_and_can_be_taken_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((run / "config.json").read_text())
+    assert config["train"]["rule"] == "backprop"
+    assert config["train"]["seed"] == 5
+    assert (config["num_frames"], config["size_px"]) == (2, [32, 32])
+    assert config["command"]["model"] == "timm/test_resnet"
+    names = {path.name for path in run.iterdir()}
+    assert {"config.json", "log.jsonl", "last.safetensors", "best.safetensors", "checkpoint.safetensors"} <= names
+    before = {key: value.clone() for key, value in load_file(run / "last.safetensors").items()}
+    assert main(["train", "--resume", str(run)]) == 0  # it is done: nothing changes
+    after = load_file(run / "last.safetensors")
+    assert all(before[key].equal(after[key]) for key in before)
+    assert "1 epochs, test accuracy" in capsys.readouterr().out
+
+
+def test_a_finished_run_is_not_overwritten_and_keeps_its_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "last.safetensors").read_bytes()
+    assert main(["train", *MADE_UP, "--out", str(run)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["train", "--resume", str(run), "--lr", "0.5"]) == 2
+    assert "--lr given beside --resume" in capsys.readouterr().err
+    assert (run / "last.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--data, --model, --out missing"),
+        (["--data", "no/such", "--model", "cnn_gru", "--out", "OUT"], "unknown data 'no/such'"),
+        (["--data", "synthetic", "--model", "no_such", "--out", "OUT"], "unknown model 'no_such'"),
+        ([*MADE_UP, "--out", "OUT", "--rule", "magic"], "no training rule 'magic'; there are: backprop"),
+        ([*MADE_UP, "--out", "OUT", "--lr", "0"], "lr is 0.0; give a number above 0"),
+        ([*MADE_UP, "--out", "OUT", "--model", "i3d"], "I3D was given 2 frames; it needs 9 or more"),
+        (["--resume", "OUT"], "OUT"),
+    ],
+)
+def test_wrong_inputs_are_one_line(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "OUT")
+    assert main(["train", *(out if word == "OUT" else word for word in words)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert error.count("\n") == 0
+    assert not (tmp_path / "OUT").exists()
+
+
+def test_labels_out_of_range_name_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "list.csv").write_text("path,label\na.mp4,0\nb.mp4,-3\n")
+    words = ["--data", str(tmp_path / "list.csv"), "--model", "cnn_gru", "--out", str(tmp_path / "run")]
+    assert main(["train", *words]) == 2
+    assert "line 3: label -3 is outside 0 to 0" in capsys.readouterr().err
