@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from sidestream.circuit.forecast import forecast
     from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, with_feedback, with_periods
     from sidestream.engine.backends import available_backends, compile_stages
+    from sidestream.engine.rules.exact import Exact
     from sidestream.engine.rules.forward import Forward
+    from sidestream.engine.rules.sideways import Sideways
     from sidestream.engine.run import run
     from sidestream.engine.tune import tune
     from sidestream.errors import InputError, SidestreamError
     from sidestream.models import create_model, input_spec_of, list_models
+    from sidestream.models.pretrained import from_pretrained, push_to_hub, save_pretrained
     from sidestream.types import Clip, Frame, InputSpec, Output
     from sidestream.video import overlay, prepare, read, stream, write
 
@@ -27,12 +30,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Clip": "types",
+    "Exact": "engine.rules.exact",
     "Forward": "engine.rules.forward",
     "Frame": "types",
     "InputError": "errors",
     "InputSpec": "types",
     "Output": "types",
     "SidestreamError": "errors",
+    "Sideways": "engine.rules.sideways",
     "available_backends": "engine.backends",
     "chart": "circuit.chart",
     "chart_png": "circuit.chart",
@@ -40,14 +45,17 @@ _HOME = {
     "create_model": "models",
     "cut": "circuit.cut",
     "forecast": "circuit.forecast",
+    "from_pretrained": "models.pretrained",
     "input_spec_of": "models",
     "list_models": "models",
     "overlay": "video",
     "parallel": "circuit.wiring",
     "pipelined": "circuit.wiring",
     "prepare": "video",
+    "push_to_hub": "models.pretrained",
     "read": "video",
     "run": "engine.run",
+    "save_pretrained": "models.pretrained",
     "semi_parallel": "circuit.wiring",
     "sequential": "circuit.wiring",
     "stream": "video",
@@ -59,12 +67,14 @@ _HOME = {
 
 __all__ = [
     "Clip",
+    "Exact",
     "Forward",
     "Frame",
     "InputError",
     "InputSpec",
     "Output",
     "SidestreamError",
+    "Sideways",
     "available_backends",
     "chart",
     "chart_png",
@@ -72,14 +82,17 @@ __all__ = [
     "create_model",
     "cut",
     "forecast",
+    "from_pretrained",
     "input_spec_of",
     "list_models",
     "overlay",
     "parallel",
     "pipelined",
     "prepare",
+    "push_to_hub",
     "read",
     "run",
+    "save_pretrained",
     "semi_parallel",
     "sequential",
     "stream",

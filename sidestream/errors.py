@@ -11,6 +11,7 @@ SidestreamError
 |   +-- BackendError      a back end cannot run a stage, or is not there
 |   +-- MissingExtraError an optional package is not installed
 +-- StageError            a stage failed while it worked on a frame
++-- TrainError            a training run went wrong: its loss is NaN or infinite
 +-- WriteError            an output file cannot be written
 """
 
@@ -66,6 +67,10 @@ class MissingExtraError(InputError):
 
 class StageError(SidestreamError):
     """A stage failed while it worked on a frame."""
+
+
+class TrainError(SidestreamError):
+    """A training run went wrong: its loss is NaN or infinite."""
 
 
 class WriteError(SidestreamError):

@@ -22,17 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from sidestream.cli.bench import bench
     from sidestream.cli.chart import chart
+    from sidestream.cli.compare import compare
     from sidestream.cli.demo import demo
     from sidestream.cli.doctor import doctor
     from sidestream.cli.models import models
     from sidestream.cli.predict import predict
     from sidestream.cli.run import run
+    from sidestream.cli.train import train
 
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     verbs: dict[str, Callable[..., Any]] = {
         "run": run,
         "predict": predict,
+        "train": train,
         "bench": bench,
+        "compare": compare,
         "chart": chart,
         "models": models,
         "demo": demo,

@@ -92,8 +92,9 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
 
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:
-    """The model, its labels and its input spec; refuses models that read clips, or answer no classes."""
+    """The model as it runs on a stream, its labels and its input spec; refuses models that answer no classes."""
     from sidestream.models import create_model, info_of
+    from sidestream.models.on_stream import on_stream
 
     model = create_model(
         flags.model,
@@ -102,12 +103,13 @@ def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpe
         labels=flags.labels,
     )
     info = info_of(model)
-    if info is None or info.input_spec.layout != "BCHW":
-        raise ModelError(f"{flags.model} reads clips, not frames; this command runs frame models on a stream")
-    if info.task != "image":
+    assert info is not None  # create_model hangs one on every model
+    if info.task not in ("image", "clip"):
         raise ModelError(
             f"{flags.model} answers with {info.task}, not with classes of a frame; use the Python API (sidestream.run)"
         )
+    if info.task == "clip":
+        model, info = on_stream(model, info)
     return model, info.labels, info.input_spec
 
 

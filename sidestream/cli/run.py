@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from sidestream.cli.film import Film, Watched
 from sidestream.cli.plan import ModelFlags, Plan, make_plan
 from sidestream.errors import InputError, SidestreamError, WriteError
 
@@ -75,15 +76,15 @@ def run(
         with _status() as say:
             plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
         frames.catch_up()  # what came while the model was made ready does not count
-        running = run_circuit(
+        job = Job(plan, frames, top_k=top_k)
+        job.running = run_circuit(
             plan.circuit,
-            frames,
+            job.watched() if out else frames,
             executor=plan.executor,
             prepare=plan.input_spec,
             num_threads=threads,
             clock=clock,
         )
-        job = Job(plan, frames, running, top_k=top_k)
         job.work(out, json)
         job.report(f"{model} on {source}")
         return 130 if job.was_interrupted else 0
@@ -95,13 +96,18 @@ class Job:
 
     plan: Plan
     frames: Any
-    running: Any
+    running: Any = None
     top_k: int = 5
     was_interrupted: bool = False
     num_written: int = 0
     failure: SidestreamError | OSError | None = field(default=None)
     also: Callable[[Any], None] | None = None
     """Called with every answer."""
+    film: Film | None = None
+
+    def watched(self) -> Watched:
+        """The stream to run on where a video is written: it also keeps the frames that get no answer of their own."""
+        return Watched(self.frames, lambda frame: self.film.see(frame) if self.film else None)
 
     def work(self, out: Path | None, json: Path | None) -> None:
         """Answer every frame. What was answered is kept when a later frame fails; nothing is left when none was."""
@@ -120,15 +126,16 @@ class Job:
             raise self.failure
 
     def _open(self, files: contextlib.ExitStack, out: Path | None, json: Path | None) -> Callable[[Any], None]:
-        from sidestream.cli.answers import answer_lines, answer_record, top_classes
+        from sidestream.cli.answers import answer_record, top_classes
         from sidestream.report.record import json_lines
-        from sidestream.video import VideoWriter, overlay
+        from sidestream.video import VideoWriter
 
         write = files.enter_context(json_lines(json)) if json else None
         rate = self.frames.info.frame_rate or 25.0
         video = files.enter_context(VideoWriter(out, frame_rate=rate, fit=True)) if out else None
         if video:
-            files.callback(lambda: video.discard() if self.num_written == 0 else None)
+            film = self.film = Film(lambda frame, output: video.add(self._drawn(frame, output)))
+            files.callback(lambda: video.discard() if self.num_written == 0 else film.finish())
 
         def add(output: Any) -> None:
             if self.also:
@@ -136,12 +143,21 @@ class Job:
             top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
             if write:
                 write(answer_record(output, top))
-            if video:
-                timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
-                video.add(overlay(output.frame, labels=answer_lines(top), timing=timing))
+            if self.film:
+                self.film.add(output)
             self.num_written += 1
 
         return add
+
+    def _drawn(self, frame: Any, output: Any) -> Any:
+        from sidestream.cli.answers import answer_lines, top_classes
+        from sidestream.video import overlay
+
+        if output is None:  # no answer yet
+            return overlay(frame)
+        top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
+        timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
+        return overlay(frame, labels=answer_lines(top), timing=timing)
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:

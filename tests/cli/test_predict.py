@@ -109,9 +109,9 @@ def test_a_model_of_fixed_clips_answers_with_their_mean(
     video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(torchvision_sampling(), "", (4, 5))  # 16 frames cost seconds: 4 of every 5th do as well
-    record = predicted(video, tmp_path / "a.json", "--model", "r3d_18")
+    record = predicted(video, tmp_path / "a.json", "--model", "torchvision/r3d_18")
     torch.manual_seed(5)
-    model = create_model("r3d_18")
+    model = create_model("torchvision/r3d_18")
     clip_BTCHW = prepare(read(video), input_spec_of(model))[:, ::5]
     check_top(record, (model(clip_BTCHW[:, :4]) + model(clip_BTCHW[:, 4:8]))[0] / 2)
     assert (record["clips"], record["frames"], record["frames_read"]) == (2, 46, 8)
@@ -172,7 +172,9 @@ def _bad_inputs(tmp_path: Path, video: Path) -> dict[str, tuple[list[str], str]]
         "weights of another model": ([good, "--model", "i3d", "--weights", str(wrong)], "do not fit I3D"),
         "too few labels": ([good, *i3d_random, "--labels", str(tmp_path / "labels.txt")], "400 classes, but 2 labels"),
         "too short for i3d": ([str(short), *i3d_random], "has 5 frames, too few for i3d: it reads clips of 9 frames"),
-        "too short for r3d_18": ([str(short), *TINY[2:], "--model", "r3d_18"], "every 2nd of the video; give a video"),
+        "too short for r3d_18": (
+            [str(short), *TINY[2:], "--model", "torchvision/r3d_18"], "every 2nd of the video; give a video"
+        ),
         "no class logits": ([good, *TINY[2:], "--model", "lraspp_mobilenet_v3_large"], "wants class logits"),
         "no classes": ([good, *TINY, "--top-k", "0"], "--top-k 0"),
         "no folder to write to": ([good, *TINY, "--json", str(tmp_path / "no" / "a.json")], "a.json"),

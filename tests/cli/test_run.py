@@ -97,6 +97,30 @@ def test_json_and_video_hold_every_frame(tmp_path: Path, capsys: pytest.CaptureF
     assert shown.count("busy:") == 3
 
 
+@pytest.mark.parametrize("executor", ["threads", "auto"])
+def test_a_clip_model_runs_as_a_stream_and_the_video_still_holds_every_frame(executor: str, tmp_path: Path) -> None:
+    out, lines = tmp_path / "out.mp4", tmp_path / "out.jsonl"
+    flags = ["--model", "tsm_mobilenet_v2_online", "--weights", "random", "--executor", executor, "--stages", "2"]
+    assert (
+        main(
+            [
+                "run",
+                "synthetic:fps=20,size=48x64",
+                "--max-frames",
+                "18",
+                *flags,
+                "--out",
+                str(out),
+                "--json",
+                str(lines),
+            ]
+        )
+        == 0
+    )
+    assert [r["frame"] for r in answers(lines)] == [0, 8, 16]
+    assert read(out).num_frames == 18
+
+
 def test_real_time_drops_what_it_cannot_answer_and_counts_it(tmp_path: Path, capsys: Any) -> None:
     lines = tmp_path / "a.jsonl"
     source = "synthetic:seconds=1,fps=400,size=64x64"
@@ -154,7 +178,6 @@ def _bad_inputs(tmp_path: Path) -> dict[str, tuple[list[str], str]]:
         "unknown back end": ([good, *TINY, "--backend", "tensorrt"], "tensorrt"),
         "unknown policy": ([good, *TINY, "--policy", "oldest"], "oldest"),
         "no stages": ([good, *TINY, "--stages", "0"], "--stages"),
-        "a clip model": ([good, "--model", "torchvision/r3d_18", "--weights", "random"], "clips"),
         "unknown video suffix": ([good, *TINY, "--out", str(tmp_path / "x.txt")], "x.txt"),
         "unknown synthetic option": (["synthetic:colour=red", *TINY], "colour"),
         "no folder to write to": ([good, *TINY, "--json", str(tmp_path / "no" / "a.jsonl")], "a.jsonl"),
@@ -179,7 +202,7 @@ def _on_itself(tmp_path: Path) -> list[str]:
 BAD_INPUTS = [
     "missing file", "text renamed .mp4", "empty file", "empty folder", "missing camera", "unknown model",
     "missing weights", "broken weights", "weights of another model", "too few labels", "unknown cut name",
-    "unknown wiring", "unknown executor", "unknown back end", "unknown policy", "no stages", "a clip model",
+    "unknown wiring", "unknown executor", "unknown back end", "unknown policy", "no stages",
     "unknown video suffix", "unknown synthetic option", "no folder to write to", "a folder to write to",
     "the source to write to", "a model of pixels", "wrong number of classes", "no threads", "no answers",
     "wiring with automatic back end",
