@@ -159,6 +159,8 @@ class Output:
     """Clock reading when the answer was complete."""
     frame: Frame | None = None
     """The answered frame itself, when the run was fed frames."""
+    loss: float | None = None
+    """Loss of this answer, under a training rule."""
 
     @property
     def latency_seconds(self) -> float:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch.utils import _pytree as pytree
 from sidestream.circuit.ages import information_latency_ticks, latency_ticks
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.wire import Circuit
+from sidestream.engine.rules.exact import Exact
+from sidestream.engine.rules.sideways import Sideways
+from sidestream.engine.rules.training import StageGradient
 from sidestream.engine.run import run
 from sidestream.nn.steppable import Steppable
 from sidestream.types import NOTHING, Output
@@ -70,6 +74,77 @@ def check_executor(executor: str, circuit: Circuit, frames: Sequence[Any], **opt
         assert a.is_warm_up == e.is_warm_up
         assert is_shifted or (a.tick, a.age_ticks) == (e.tick, e.age_ticks)
     return actual
+
+
+Loss = Callable[[Any, Any], torch.Tensor]
+
+
+def mean_loss(circuit: Circuit, pairs: Sequence[tuple[Any, Any]], loss: Loss) -> torch.Tensor:
+    """The slow twin of a run in training: every tick of every (stateless) stage in one graph, the loss of each answer.
+
+    What stage i writes in tick t is its step on what its wires hold; nothing but that is taken from the engine.
+    """
+    latency, last = latency_ticks(circuit), len(pairs) - 1
+
+    @cache
+    def written(number: int, tick: int) -> tuple[Any, ...]:
+        if number == 0:
+            given = pairs[min(tick, last)][0]
+            return tuple(given) if isinstance(given, tuple) else (given,)
+        return circuit.stages[number - 1].step(read(number, tick), None)[0]
+
+    def read(number: int, tick: int) -> tuple[Any, ...]:
+        return tuple(written(w.source, tick - w.delay)[w.output] for w in circuit.wires_into(number))
+
+    answers = [pytree.tree_unflatten(read(circuit.sink, t + latency), circuit.out_spec) for t in range(last + 1)]
+    return torch.stack([loss(a, target) for a, (_, target) in zip(answers, pairs, strict=True)]).mean()
+
+
+def check_exact_rule(
+    circuit: Circuit, pairs: Sequence[tuple[Any, Any]], loss: Loss, *, executor: str = "inline", **options: Any
+) -> None:
+    """The exact rule's sentence: equals autograd, parameter by parameter; every frame answered once, with its loss."""
+    rule = Exact(loss, **options)
+    outputs = list(run(circuit, pairs, rule=rule, executor=executor))
+    assert [o.frame_index for o in outputs] == list(range(len(pairs)))
+    expected_loss = mean_loss(circuit, pairs, loss)
+    torch.testing.assert_close(sum(o.loss for o in outputs) / len(pairs), expected_loss.item(), rtol=1e-12, atol=0)
+    for number, stage in enumerate(circuit.stages, start=1):
+        found = rule.gradients(number)
+        names, parameters = zip(*stage.module.named_parameters(), strict=True)
+        true = torch.autograd.grad(expected_loss, parameters, retain_graph=True, allow_unused=True)
+        assert set(found) == {name for name, g in zip(names, true, strict=True) if g is not None}
+        for name, gradient in zip(names, true, strict=True):
+            if gradient is not None:  # float64 sums over ticks in another order
+                torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-13, msg=f"stage {number} {name}")
+
+
+def check_sideways_rule(
+    circuit: Circuit, pair: tuple[Any, Any], loss: Loss, *, executor: str = "inline", loss_delay: int = 0
+) -> list[StageGradient]:
+    """Sideways' sentence: on a still video, no gradient that is not backprop's, and from tick 2 (K - 1) on one at
+    every stage in every tick. (With the loss one tick later, everything is one tick later.)"""
+    records: list[StageGradient] = []
+    ready_at, num_frames = 2 * (circuit.num_stages - 1) + loss_delay, 2 * circuit.num_stages + 4
+    rule = Sideways(loss, loss_delay=loss_delay, observe=records.append)
+    outputs = list(run(circuit, [pair] * num_frames, rule=rule, executor=executor))
+    assert [o.frame_index for o in outputs] == list(range(num_frames))
+    expected_loss = mean_loss(circuit, [pair], loss)
+    true = [
+        dict(zip(parameters, torch.autograd.grad(expected_loss, list(parameters.values()), retain_graph=True)))
+        for parameters in (dict(stage.module.named_parameters()) for stage in circuit.stages)
+    ]
+    for r in records:
+        assert set(r.gradients) == set(true[r.stage - 1])
+        for name, gradient in r.gradients.items():  # the same operations; float64 sums of cotangents
+            what = f"stage {r.stage}, tick {r.tick}, {name}"
+            torch.testing.assert_close(gradient, true[r.stage - 1][name], rtol=1e-11, atol=1e-14, msg=what)
+    for number in range(1, circuit.num_stages + 1):
+        ticks = sorted(r.tick for r in records if r.stage == number)
+        assert ticks == list(range(ticks[0], ticks[-1] + 1)), f"stage {number} has gradients in ticks {ticks}"
+        assert ticks[0] <= ready_at < ticks[-1], f"stage {number} has its first gradient in tick {ticks[0]}"
+    assert min(r.tick for r in records if r.stage == 1) == ready_at
+    return records
 
 
 def check_streaming_layer(

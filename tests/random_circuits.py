@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.build_stages import stage_of
 from sidestream.circuit.stage import Link, Stage, Stages, State, Values
 
 
@@ -51,3 +53,36 @@ def random_frames(seed: int, num_frames: int, *, num_sources: int = 1) -> list[T
     generator = torch.Generator().manual_seed(seed)
     frames = torch.randn(num_frames, num_sources, 5, generator=generator, dtype=torch.float64)
     return [f[0] if num_sources == 1 else tuple(f) for f in frames]
+
+
+class Mixing(nn.Module):
+    """tanh(W x + ...) of several inputs, several outputs, on batches of vectors of 5 float64."""
+
+    def __init__(self, seed: int, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        weights = torch.randn(num_outputs, num_inputs, 5, 5, generator=generator, dtype=torch.float64)
+        self.weights = nn.Parameter(weights / num_inputs**0.5)
+        self.bias = nn.Parameter(0.1 * torch.randn(num_outputs, 5, generator=generator, dtype=torch.float64))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        mixed = [sum(x @ w for x, w in zip(inputs, ws, strict=True)) for ws in self.weights]
+        return tuple(torch.tanh(m + b) for m, b in zip(mixed, self.bias, strict=True))
+
+
+def random_modules(seed: int, num_stages: int, *, num_sources: int = 1) -> Stages:
+    """``random_stages`` with parameters: the same links, each stage a ``Mixing`` module, inputs of shape (B, 5)."""
+    drawn = random_stages(seed, num_stages, num_sources=num_sources)
+    blank = torch.zeros(2, 5, dtype=torch.float64)
+    stages = [
+        stage_of(Mixing(seed * 100 + n, s.num_inputs, s.num_outputs), (blank,) * s.num_inputs, name=s.name)
+        for n, s in enumerate(drawn, start=1)
+    ]
+    return drawn.with_stages(tuple(stages))
+
+
+def random_pairs(seed: int, num_frames: int, *, num_sources: int = 1) -> list[tuple[Any, Tensor]]:
+    """Batches of two streams, with a target each."""
+    generator = torch.Generator().manual_seed(seed)
+    frames = torch.randn(num_frames, num_sources + 1, 2, 5, generator=generator, dtype=torch.float64)
+    return [(f[0] if num_sources == 1 else tuple(f[:-1]), f[-1]) for f in frames]

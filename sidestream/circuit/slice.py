@@ -67,6 +67,11 @@ class ChainStep:
     num_outputs: int = 1
 
     def __call__(self, inputs: Values, state: State) -> tuple[Values, State]:
+        with torch.no_grad():
+            return self.with_gradients(inputs, state)
+
+    def with_gradients(self, inputs: Values, state: State) -> tuple[Values, State]:
+        """The same step in whatever gradient mode it is called in: what training calls."""
         if any(value is NOTHING for value in inputs):
             return (NOTHING,) * self.num_outputs, state
         if self.check is not None and (inputs[0].shape, inputs[0].dtype) != self.check:
@@ -74,9 +79,8 @@ class ChainStep:
                 f"the frame was given with the shape {tuple(inputs[0].shape)}, {inputs[0].dtype}, but the chain was "
                 f"cut for {tuple(self.check[0])}, {self.check[1]}; feed that, or cut again with such an example"
             )
-        with torch.no_grad():
-            own_state = state if self.is_stateful else (None,) * len(self.chain.layers)
-            answer, new_state = self.chain.step(pytree.tree_unflatten(inputs, self.in_spec), own_state)
+        own_state = state if self.is_stateful else (None,) * len(self.chain.layers)
+        answer, new_state = self.chain.step(pytree.tree_unflatten(inputs, self.in_spec), own_state)
         answers = (NOTHING,) * self.num_outputs if answer is NOTHING else tuple(pytree.tree_leaves(answer))
         return answers, new_state if self.is_stateful else state
 

@@ -22,7 +22,7 @@ Check = tuple[int, str, torch.Size, torch.dtype]
 
 @dataclass(frozen=True, eq=False)
 class GraphStep:
-    """``step`` of a stage without memory: a graph, run without gradients, on inputs that are checked at the source."""
+    """``step`` of a stage without memory: a graph on inputs that are checked at the source."""
 
     function: Callable[..., Values]
     """The graph, with its inputs and then its parameters as arguments."""
@@ -31,6 +31,11 @@ class GraphStep:
     checks: tuple[Check, ...] = ()
 
     def __call__(self, inputs: Values, state: State) -> tuple[Values, State]:
+        with torch.no_grad():
+            return self.with_gradients(inputs, state)
+
+    def with_gradients(self, inputs: Values, state: State) -> tuple[Values, State]:
+        """The same step in whatever gradient mode it is called in: what training calls."""
         for index, name, shape, dtype in self.checks:
             value = inputs[index]
             if not isinstance(value, torch.Tensor) or value.shape != shape or value.dtype != dtype:
@@ -38,8 +43,7 @@ class GraphStep:
                     f"input {name!r} was given as {_described(value)}, but the model was cut for a tensor of shape "
                     f"{tuple(shape)}, {dtype}; feed that, or cut the model again with such an example"
                 )
-        with torch.no_grad():
-            return self.function(*inputs, *[owner[key] for owner, key in self.slots]), state
+        return self.function(*inputs, *[owner[key] for owner, key in self.slots]), state
 
 
 def graph_step(module: fx.GraphModule, checks: tuple[Check, ...] = ()) -> GraphStep:

@@ -85,6 +85,11 @@ class Circuit:
         """The wires that feed ``target``, in the order of its inputs."""
         return sorted((w for w in self.wires if w.target == target), key=lambda w: w.input)
 
+    def wires_from(self, source: int) -> list[Wire]:
+        """The wires by which other stages read ``source``, in the order of their targets and inputs."""
+        read = (w for w in self.wires if w.source == source and w.target != self.sink)
+        return sorted(read, key=lambda w: (w.target, w.input))
+
     def replace(self, **changes: Any) -> Circuit:
         return replace(self, **changes)
 

@@ -16,7 +16,7 @@ from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock
 from sidestream.engine.tick import Fed
 from sidestream.errors import InputError, LayoutError
-from sidestream.types import Frame, InputSpec
+from sidestream.types import NOTHING, Frame, InputSpec
 
 _NO_MORE = object()
 Tick = tuple[list[Any], Fed | None]
@@ -30,15 +30,29 @@ class Feed:
     tuples (several positional inputs) or dicts (keyword inputs). When the stream ends and the circuit mixes frames
     of different ages, the last frame is repeated until every frame is answered. ``stop()`` ends it early. What the
     source or ``prepare`` raises ends the stream too, and is kept as ``failure`` until what is in flight is answered.
+
+    With ``has_targets`` (training) the items are pairs ``(any of these, target)``, and a tick's last leaf is the
+    target, whatever it is; a repeated frame has no target. ``num_silent_ticks``: ticks without a frame that follow.
     """
 
-    def __init__(self, frames: Iterable[Any], circuit: Circuit, *, prepare: Prepare, clock: Clock) -> None:
+    def __init__(
+        self,
+        frames: Iterable[Any],
+        circuit: Circuit,
+        *,
+        prepare: Prepare,
+        clock: Clock,
+        has_targets: bool = False,
+        num_silent_ticks: int = 0,
+    ) -> None:
         self._frames = iter(frames)
         self._circuit = circuit
         self._prepare = prepare if prepare is not None else circuit.input_spec
         self._clock = clock
         self._is_stopped = False  # a plain flag: stop() may be called from a signal handler
         self.failure: Exception | None = None
+        self._has_targets = has_targets
+        self._num_silent = num_silent_ticks
         self._num_drain = latency_ticks(circuit) if mixes_ages(circuit) else 0
         self._last: list[Any] | None = None
         self.num_frames = 0
@@ -71,12 +85,28 @@ class Feed:
             except Exception as error:
                 self.failure = error
             self._is_stopped = True
-        if self._last is None or self._num_drain <= 0:
+        if self._last is None or self._num_drain + self._num_silent <= 0:
             raise StopIteration
-        self._num_drain -= 1
-        return self._last, None
+        if self._num_drain > 0:
+            self._num_drain -= 1
+            return [*self._last[:-1], NOTHING] if self._has_targets else self._last, None
+        self._num_silent -= 1
+        return [NOTHING] * len(self._last), None
 
     def _tick(self, item: Any) -> Tick:
+        if not self._has_targets:
+            return self._frame_tick(item)
+        if not isinstance(item, tuple) or len(item) != 2:
+            raise InputError(
+                f"a training rule takes pairs (input, target), but the stream brought a {type(item).__name__}"
+                f"{f' of {len(item)}' if isinstance(item, tuple) else ''}; for a clip with one label, repeat the "
+                "label with each frame; several inputs go in as ((input, input), target)"
+            )
+        leaves, fed = self._frame_tick(item[0])
+        self._last = [_trainable(leaf) for leaf in (*leaves, item[1])]
+        return self._last, fed
+
+    def _frame_tick(self, item: Any) -> Tick:
         position = self.num_frames
         if isinstance(item, Frame):
             arrived_at = self._clock.now() if item.arrived_at_seconds is None else item.arrived_at_seconds
@@ -95,7 +125,7 @@ class Feed:
             from sidestream.video.prepare import prepare
 
             return prepare(frame, self._prepare)
-        with torch.inference_mode():
+        with torch.inference_mode(not self._has_targets), torch.no_grad():
             return self._prepare(frame)
 
     def _leaves(self, item: Any) -> list[Any]:
@@ -118,3 +148,8 @@ class Feed:
                 "give tuples or dicts, or prepare= a function from Frame to the model's arguments"
             )
         return leaves
+
+
+def _trainable(leaf: Any) -> Any:
+    """A tensor that autograd may keep: not one from ``torch.inference_mode``."""
+    return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf

@@ -18,12 +18,14 @@ from sidestream.engine.executors.inline import inline
 from sidestream.engine.executors.threads import threads
 from sidestream.engine.feed import Feed, Prepare
 from sidestream.engine.rules.forward import Forward
+from sidestream.engine.rules.training import TrainingRule
 from sidestream.engine.tick import Machine, Rule
 from sidestream.errors import InputError
 from sidestream.report.measure import num_cores
 from sidestream.types import Frame, Output
 
 EXECUTORS = ("auto", "inline", "threads", "sequential", "frame-parallel")
+TRAINING_EXECUTORS = ("inline", "threads")
 NUM_KEPT_LATENCIES = 10_000
 
 
@@ -77,6 +79,7 @@ class Run(Iterator[Output]):
 
     def __init__(self, outputs: Iterator[Output], feed: Feed, machines: list[Machine], stats: RunStats) -> None:
         self._outputs, self._feed, self._machines = outputs, feed, machines
+        self._has_losses = machines[0].rule.goes_back
         self.stats = stats
         self.choice: Choice | None = None
 
@@ -96,6 +99,9 @@ class Run(Iterator[Output]):
                 self._feed.failure = None
                 raise failure
             raise StopIteration
+        if self._has_losses:
+            answer, loss = output.value
+            output = replace(output, value=answer, loss=float(loss))
         self.stats.book(output)
         return output
 
@@ -138,7 +144,9 @@ def run(
     ``executor``: "inline" (one thread, the oracle), "threads" (stages in parallel, each on a different frame),
     "sequential" (whole model frame by frame, the stages using all intra-op threads), "frame-parallel" (whole model
     on different frames, stateless circuits only), or "auto" (tries them for a second and picks).
-    ``rule``: what a stage does in a tick; default ``Forward()``.
+    ``rule``: what a stage does in a tick; default ``Forward()``. Under a training rule (``Sideways``, ``Exact``)
+    ``frames`` holds pairs ``(one of the above, target)``, answers carry their ``loss``, and the executor is "inline"
+    or "threads".
     ``prepare``: ``InputSpec`` or function that turns a ``Frame`` into the model's input; default: the circuit's
     own ``input_spec``, where the model came with one.
     ``num_threads``: workers ("threads", "frame-parallel") or intra-op threads ("sequential"); default: all cores.
@@ -149,6 +157,11 @@ def run(
     if num_threads is not None and num_threads < 1:
         raise InputError(f"num_threads={num_threads}; expected 1 or more")
     options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, clock)
+    if options.rule.goes_back and executor not in TRAINING_EXECUTORS:
+        raise InputError(
+            f"a training rule cannot run on executor {executor!r}, which leaves out the delays or tries things out; "
+            f"expected one of {', '.join(TRAINING_EXECUTORS)}"
+        )
     if executor != "auto":
         return _start(circuit, frames, executor, options)
     first, frames = _peek(frames, clock)
@@ -178,8 +191,17 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
     clock, rule, num_threads = options.clock, options.rule, options.num_threads
     if executor == "sequential":
         circuit = undelayed(circuit)
-    feed = Feed(frames, circuit, prepare=options.prepare, clock=clock)
+    feed = Feed(
+        frames,
+        circuit,
+        prepare=options.prepare,
+        clock=clock,
+        has_targets=rule.goes_back,
+        num_silent_ticks=rule.num_silent_ticks(circuit) if isinstance(rule, TrainingRule) else 0,
+    )
     stats = RunStats(executor, num_threads)
+    if isinstance(rule, TrainingRule):
+        circuit = rule.attach(circuit)
     machines = [Machine(circuit, rule)]
     outputs: Iterator[Output]
     if executor == "inline":

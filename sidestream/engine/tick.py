@@ -7,6 +7,9 @@ leaves it. Which cell fires first makes no difference to any value (a Kahn proce
 to fire cells from many threads as soon as they are ready; nothing waits for a tick to end.
 
     frames -> feed() ->  ||lines||  -> fire(1) -> ||lines|| -> fire(2) ... -> ||lines|| -> collect() -> answers
+
+Under a training rule a line of one token runs back against every wire between stages, for cotangents: more lines of
+the same network, with the same consequence.
 """
 
 from __future__ import annotations
@@ -70,6 +73,8 @@ class Cell:
     busy_seconds: float = 0.0
     fed_back: dict[int, Message] = field(default_factory=dict)
     """Per feedback input what it brought last: it holds that while its stage writes nothing."""
+    memory: Any = None
+    """What a training rule keeps for the cell from one tick to the next."""
 
     @property
     def is_ready(self) -> bool:
@@ -77,7 +82,13 @@ class Cell:
 
 
 class Rule(Protocol):
-    """What one cell does in one tick: messages in (one per input), messages out (one per output)."""
+    """What one cell does in one tick: messages in (one per input), messages out (one per output).
+
+    Where ``goes_back``, a line for cotangents runs against every wire between stages, one tick long. The messages in
+    then end with one per wire that leaves the cell (``Circuit.wires_from``), those out with one per input.
+    """
+
+    goes_back: bool
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]: ...
 
@@ -116,8 +127,20 @@ class Machine:
             if not inboxes[number]:
                 inboxes[number].append(deque([SILENCE] * self.latency))
                 self._source[0].append(inboxes[number][0])
+        if self.rule.goes_back:
+            self._add_lines_back(inboxes, outboxes)
         self._sink = inboxes[K + 1]
         self.cells = [self._cell(n, inboxes[n], outboxes[n]) for n in range(1, K + 1)]
+
+    def _add_lines_back(self, inboxes: list[list[Line]], outboxes: list[list[list[Line]]]) -> None:
+        stages = list(enumerate(self.circuit.stages, start=1))
+        for number, stage in stages:
+            outboxes[number] += [[] for _ in range(stage.num_inputs)]
+        for number, _ in stages:
+            for wire in self.circuit.wires_from(number):
+                line: Line = deque([SILENCE])
+                inboxes[number].append(line)
+                outboxes[wire.target][self.circuit.stages[wire.target - 1].num_outputs + wire.input].append(line)
 
     def _cell(self, number: int, inbox: list[Line], outbox: list[list[Line]]) -> Cell:
         stage = self.circuit.stages[number - 1]
@@ -155,12 +178,12 @@ class Machine:
 
     def _finish(self, cell: Cell) -> None:
         """What the cell owes, each in the tick of the frame it belongs to, then the end."""
-        num_outputs = cell.stage.num_outputs
+        num_lines = len(cell.outbox)
         for messages in self.rule.finish(cell):
             while (frame := cell.tick - cell.lag - cell.stage.delay_ticks) < 0 or frame % cell.stage.period_ticks:
-                self._write(cell, (SILENCE,) * num_outputs)
+                self._write(cell, (SILENCE,) * num_lines)
             self._write(cell, messages)
-        self._write(cell, (END,) * num_outputs)
+        self._write(cell, (END,) * num_lines)
         cell.has_ended = True
 
     def end(self) -> None:
@@ -168,6 +191,11 @@ class Machine:
         for lines in self._source:
             for line in lines:
                 line.append(END)
+
+    @property
+    def is_finished(self) -> bool:
+        """The end has come out at the sink; in training also at every stage, which may be later."""
+        return self.has_ended and (not self.rule.goes_back or all(cell.has_ended for cell in self.cells))
 
     @property
     def can_collect(self) -> bool:

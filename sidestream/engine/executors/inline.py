@@ -21,7 +21,7 @@ def inline(machine: Machine, feed: Feed, *, clock: Clock) -> Iterator[Output]:
             machine.fire(cell)
         yield from _answer(machine, clock)
     machine.end()  # the pipeline drains: the last frames' answers come out
-    while not machine.has_ended:
+    while not machine.is_finished:
         for cell in machine.cells:
             if cell.is_ready:
                 machine.fire(cell)

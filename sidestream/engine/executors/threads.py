@@ -66,6 +66,8 @@ def _limit(machine: Machine, num_workers: int, max_in_flight: int | None, *, is_
     if max_in_flight is None:
         max_in_flight = num_workers if is_live else num_workers + 1
     wanted = max_in_flight + look_ahead_ticks(machine.circuit)
+    if machine.rule.goes_back:  # a stage may wait for one that reads newer frames
+        return machine.latency + 1
     needed = machine.latency - information_latency_ticks(machine.circuit) + 1  # an answer may need newer frames
     return max(needed, min(machine.latency + 1, wanted))
 
@@ -112,7 +114,7 @@ class _Pool:
                     return output
                 if self.failure is not None:
                     raise self.failure
-                if self.machine.has_ended:
+                if self.machine.is_finished:
                     return None
                 if self.feed.is_stopped and self._is_feed_stuck():
                     self._end_feed()
@@ -194,6 +196,8 @@ class _Pool:
                 self._queue((fired.number, *self.readers[fired.number]))
                 if fired.number in self.reads_sink:
                     self._collect()
+                if self.machine.is_finished:
+                    self.done.notify()
                 if (num_others := len(self.ready) - 1) > 0 and self.num_idle:
                     self.work.notify(min(self.num_idle, num_others))
             while not self.ready:
@@ -231,12 +235,14 @@ class _Pool:
 
 
 def _readers(machine: Machine) -> list[tuple[int, ...]]:
-    """For the source and every stage, the stages that its wires lead to."""
+    """For the source and every stage, the stages that its wires (and lines back) lead to."""
     circuit = machine.circuit
     readers: list[set[int]] = [set() for _ in range(circuit.num_stages + 1)]
     for wire in circuit.wires:
         if wire.target != circuit.sink:
             readers[wire.source].add(wire.target)
+            if machine.rule.goes_back and wire.source != SOURCE:
+                readers[wire.target].add(wire.source)
     inputless = {n for n in range(1, circuit.num_stages + 1) if not circuit.wires_into(n)}
     readers[SOURCE] |= inputless
     return [tuple(sorted(r)) for r in readers]

@@ -16,6 +16,8 @@ from sidestream.errors import LayoutError, SidestreamError, StageError
 class Forward:
     """Inference. Runs under ``torch.inference_mode``: answers cannot be used in autograd; clone them for that."""
 
+    goes_back = False
+
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         if cell.tick % cell.period != cell.phase:
             return cell.held or (SILENCE,) * cell.stage.num_outputs
