@@ -14,6 +14,7 @@ for them, since none were trained for it.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -25,7 +26,7 @@ from sidestream.models.c3d import C3DLayers
 from sidestream.models.conv3d_net import Conv3dNet
 from sidestream.models.info import ModelInfo
 from sidestream.models.labels import kinetics400_labels
-from sidestream.models.weights import KeyMap
+from sidestream.models.weights import KeyMap, StateDict
 
 DELAY_TICKS = {"c3d": 45, "r3d_18": 54, "mc3_18": 5, "r2plus1d_18": 54, "r2plus1d_50": 53, "s3d": 59}
 """What all layers of the stream look ahead, together; 0 in the causal variants."""
@@ -67,7 +68,32 @@ def build_default(name: str) -> nn.Module:
 
 
 def key_map(name: str) -> KeyMap:
-    return dict
+    return map_s3d_keys if _split(name)[0] == "s3d" else dict
+
+
+# What becomes of the keys of the public Kinetics S3D (kylemin/S3D), one rule after the other; torchvision's fit none.
+_S3D = (
+    (r"^base\.(\d+)\.", r"features.\1."),
+    (r"\.branch0\.0\.", ".branch0."),
+    (r"\.conv_s\.", ".0.0."),
+    (r"\.bn_s\.", ".0.1."),
+    (r"\.conv_t\.", ".1.0."),
+    (r"\.bn_t\.", ".1.1."),
+    (r"\.conv\.", ".0."),
+    (r"\.bn\.", ".1."),
+    (r"^fc\.0\.", "classifier.1."),
+)
+
+
+def map_s3d_keys(state: StateDict) -> StateDict:
+    """The keys of the public Kinetics S3D as torchvision's; torchvision's own are given back unchanged."""
+    return {_s3d_key(key): value for key, value in state.items()}
+
+
+def _s3d_key(key: str) -> str:
+    for pattern, replacement in _S3D if key.startswith(("base.", "fc.0.")) else ():
+        key = re.sub(pattern, replacement, key)
+    return key
 
 
 def num_middle(in_channels: int, out_channels: int, *, frames: int = 3, px: int = 3) -> int:
