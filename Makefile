@@ -27,7 +27,7 @@ demo: $(STAMP)  ## make a clip, run a model depth-parallel on it, write video, c
 	$(BIN)/sidestream demo
 
 test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
