@@ -187,8 +187,8 @@ def test_make_sets_up_once_and_again_when_pyproject_changes(tmp_path):
 
     first = make("test")
     assert any(re.fullmatch(r"-m pip install .*-e \.\[dev\]", line) for line in first)
-    assert first[-1] == "-m pytest"
-    assert make("test") == ["-m pytest"]
+    assert first[-1] == "-m pytest -n 2 --dist loadfile"
+    assert make("test") == ["-m pytest -n 2 --dist loadfile"]
     newer = (tmp_path / "env/.sidestream-installed").stat().st_mtime + 5
     os.utime(tmp_path / "pyproject.toml", (newer, newer))
     assert "-m venv env" in make("setup")

@@ -55,8 +55,10 @@ def compare(
         ("size", size),
         ("answer-every", answer_every),
         ("repeats", repeats),
+        ("threads", threads),
+        ("lengths", min(lengths, default=None)),
     ):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(f"--{flag} {value}; expected 1 or more")
     setting = Setting(
         num_frames=num_frames,
@@ -69,9 +71,10 @@ def compare(
         device=device,
         causality_size_px=min(size, 64),
     )
-    chosen = models or DEFAULT_MODELS
+    chosen = tuple(dict.fromkeys(models or DEFAULT_MODELS))  # each once, in the order given
     records = measure_to(out, chosen, setting, parts.split(","))
-    show(out, [r for r in records if r["model"] in chosen], num_frames, accuracy)
+    shown = sorted((r for r in records if r["model"] in chosen), key=lambda r: chosen.index(r["model"]))
+    show(out, shown, num_frames, accuracy)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json as json_module
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -64,7 +65,7 @@ def predict(
     record = {"source": source, "model": model, **tally.record(logits_1N, info.labels, top_k)}
     if json is not None:
         write_text(json, json_module.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    _show(record)
+    _show(record, tally.num_promised)
     return 0
 
 
@@ -96,6 +97,8 @@ class Tally:
     name: str
     spec: InputSpec
     num_frames: int = 0
+    num_promised: int = 0
+    """Frames that the file's header speaks of, about; 0 where it does not."""
     lengths: list[int] = field(default_factory=list)
     """Frames of each clip."""
 
@@ -112,6 +115,7 @@ class Tally:
                 self.lengths.append(len(clip))
         if not self.lengths:
             raise SourceError(self._too_short(source))
+        self.num_promised = round((frames.info.frame_rate or 0) * (frames.info.duration_seconds or 0))
         return total_1N / sum(self.lengths)
 
     def _counted(self, frames: Iterable[Frame]) -> Iterator[Frame]:
@@ -157,7 +161,7 @@ class Tally:
         if self.spec.layout == "BCHW":
             return f"mean of the logits of {len(self.lengths)} frames"
         if len(self.lengths) == 1:
-            return f"one clip of {self.lengths[0]} frames{every}"
+            return f"one clip of {self.lengths[0]} frame{'' if self.lengths[0] == 1 else 's'}{every}"
         clips = f"mean of the logits of {len(self.lengths)} consecutive clips"
         if len(set(self.lengths)) == 1:
             return f"{clips} of {self.lengths[0]} frames{every}"
@@ -193,10 +197,16 @@ def _check_writable(path: Path | None) -> None:
         )
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: dict[str, Any], num_promised: int) -> None:
     for n, found in enumerate(record["top"], start=1):
         print(f"{n}  {found['probability']:.5f}  {found['logit']:9.3f}  {found['label']}")
     print(f"{record['model']} on {record['source']}: {record['how']}, of {record['frames']}")
+    if record["frames"] < 0.8 * num_promised:
+        print(
+            f"warning: {record['source']} speaks of about {num_promised} frames, but {record['frames']} could be read: "
+            "it may be cut off",
+            file=sys.stderr,
+        )
 
 
 @contextlib.contextmanager

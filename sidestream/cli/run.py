@@ -210,6 +210,8 @@ class Job:
         choice = self.running.choice
         if reason := self.plan.note or (choice.reason if choice else ""):
             console.print(f"picked: {reason}", highlight=False, markup=False)
+        if (period := max(stage.period_ticks for stage in circuit.stages)) > 1:
+            console.print(f"the model answers every {period}th frame", highlight=False)
         source = self.frames.stats
         if source.num_corrupt_packets:
             console.print(f"{source.num_corrupt_packets} corrupt packets were skipped")
@@ -219,12 +221,16 @@ class Job:
 
 def check_target(flag: str, path: Path | None, source: str) -> None:
     """Refuse, before any work, an output that cannot be written or would replace the source. Raises WriteError."""
+    from sidestream.video.write import FORMATS
+
     if path is None:
         return
     if path.is_dir():
         raise WriteError(f"{flag} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise WriteError(f"{flag} {path}: there is no folder {path.parent}; make it first")
+    if flag == "--out" and path.suffix.lower() not in FORMATS:
+        raise WriteError(f"{flag} {path}: suffix {path.suffix!r} is not known; use one of {', '.join(FORMATS)}")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise WriteError(f"{flag} {path} is the source itself; give another name, so that it is not overwritten")
 

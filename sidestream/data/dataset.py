@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -17,7 +17,7 @@ from sidestream.data.pictures import OpenPictures, PictureStore, Times, file_pic
 from sidestream.data.record import ClipRecord, check_labels, check_stretch
 from sidestream.data.sampling import Short, clip_indices, possible_starts, random_generator, spread_start
 from sidestream.errors import InputError, LayoutError
-from sidestream.types import Clip, InputSpec
+from sidestream.types import Clip, Frame, InputSpec
 from sidestream.video import prepare
 from sidestream.video.prepare import placement
 
@@ -143,6 +143,20 @@ class ClipDataset(Dataset[ClipItem]):
         clip = Clip(self._cut(rgb_THWC, chance), times)
         clip_BTCHW = prepare(clip, replace(self.spec, resize_px=None))
         return ClipItem(clip_BTCHW[0], record.label, record.name, times)
+
+    def frames(self, record: ClipRecord) -> Iterator[Frame]:
+        """Every frame of a record as it was decoded, numbered from 0; those of the synthetic sets with their truth."""
+        start, end = record.start_seconds or 0.0, record.end_seconds
+        if hasattr(self._open, "video"):
+            yield from self._open.video(record)
+            return
+        number = 0
+        for rgb_HWC, seconds in self._open(record, start):
+            if end is not None and seconds >= end:
+                return
+            if seconds >= start:
+                yield Frame(rgb_HWC, number, seconds - start)
+                number += 1
 
     def skip(self, index: int, reason: Exception) -> None:
         """Note that clip ``index`` cannot be had; reported once for each record."""

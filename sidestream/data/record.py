@@ -18,11 +18,19 @@ class ClipRecord:
     start_seconds: float | None = None
     end_seconds: float | None = None
     key: str = ""
-    """A name for reports, the same wherever the data lies; by default the path."""
+    """A name for reports, the same wherever the data lies; by default the path, and the stretch if it is one. Clips
+    with one name count as clips of one record where accuracies are counted."""
 
     @property
     def name(self) -> str:
-        return self.key or self.path
+        return self.key or self.path + stretch_name(self.start_seconds, self.end_seconds)
+
+
+def stretch_name(start_seconds: float | None, end_seconds: float | None) -> str:
+    """For a stretch "@1.5-3", "@0-3" or "@1.5-end"; empty for all of a video."""
+    if start_seconds is None and end_seconds is None:
+        return ""
+    return f"@{start_seconds or 0}-{'end' if end_seconds is None else end_seconds}"
 
 
 def check_labels(records: Sequence[ClipRecord], num_classes: int, origin: str) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sidestream.data.record import ClipRecord
+from sidestream.data.record import ClipRecord, stretch_name
 from sidestream.errors import InputError
 
 VIDEO_SUFFIXES = frozenset(
@@ -112,8 +112,7 @@ def _csv_record(row: dict[str, str], file: Path, label: int) -> ClipRecord:
         start, end = (float(row[c]) if row.get(c) else None for c in ("start_seconds", "end_seconds"))
     except ValueError as error:
         raise InputError(f"{file}: {row['path']}: {error}; give start_seconds and end_seconds in seconds") from error
-    stretch = "" if start is None and end is None else f"@{start or 0}-{'end' if end is None else end}"
-    return ClipRecord(str(file.parent / row["path"]), label, start, end, row["path"] + stretch)
+    return ClipRecord(str(file.parent / row["path"]), label, start, end, row["path"] + stretch_name(start, end))
 
 
 def _is_number(text: str) -> bool:

@@ -22,7 +22,7 @@ def weizmann_records(folder: Path, split: str | None) -> tuple[Parts, list[str]]
         raise InputError(f"{folder}/videos holds no ACTION/ACTOR_ACTION.avi")
     if not held_out or not held_out < set(actors):
         raise InputError(
-            f"Weizmann's split is the held-out actor or actors, separated by commas, but {split!r} was given; "
+            f"Weizmann's split is the held-out actor or actors, separated by commas, but --split {split!r} was given; "
             f"there are {', '.join(actors)}"
         )
     parts: Parts = {"train": [], "test": []}

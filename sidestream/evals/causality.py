@@ -34,9 +34,12 @@ class Causality:
 def find_causality(forms: Forms, clip_BTCHW: Tensor, *, max_frames: int = 64) -> Causality:
     """Poison ``clip_BTCHW`` in ``forms``'s answers over time (its clip's answer where it has none).
 
+    A clip of a single frame has nothing later to poison: it is repeated once.
     A net with temporal strides may give one answer only for a short clip, which shows nothing: then the clip is
     repeated until there are two or more, up to ``max_frames``.
     """
+    if clip_BTCHW.shape[1] == 1:
+        clip_BTCHW = torch.cat([clip_BTCHW, clip_BTCHW], dim=1)
     if forms.answers is None:
         return poison(lambda clip: forms.clip(clip).unsqueeze(1), clip_BTCHW)
     while (found := poison(forms.answers, clip_BTCHW)).num_answers == 1 < clip_BTCHW.shape[1] <= max_frames // 2:

@@ -147,7 +147,8 @@ def _latency(
                 runners[name] = ready["ready"]
             forms, runner = runners[name]
             speed = asdict(runner.measure(setting.seconds))
-            speed["clip_seconds"] = seconds_of(partial(forms.clip, _clip(setting, setting.size_px)), num_repeats=1)
+            of_clip = partial(forms.clip, _clip(setting, setting.size_px))
+            speed["clip_seconds"] = seconds_of(of_clip, num_repeats=1, device=setting.device)
             facts = {**_stream_facts(forms), "energy_source": None if meter is None else meter.source}
             yield {
                 "model": name,

@@ -28,7 +28,7 @@ def memory_records(
             say(f"{name}, {work}")
             yield _measured(case)
     seen: list[tuple[int, int]] = []
-    for num_frames in sorted(setting.lengths):
+    for num_frames in sorted(set(setting.lengths)):
         record = known.get(("memory", name, "train", num_frames, None))
         if record is None:
             say(f"{name}, training step, {num_frames} frames")

@@ -71,18 +71,22 @@ class Runner:
         return None if self.energy is None else self.energy.read_joules()
 
     def _now(self) -> float:
-        """Clock reading when all work so far is done."""
-        if self.frame_BCHW.is_cuda:
-            torch.cuda.synchronize(self.frame_BCHW.device)
-        return time.perf_counter()
+        return _now(self.frame_BCHW.device)
 
 
-def seconds_of(work: Callable[[], Any], *, num_repeats: int = 3) -> float:
+def _now(device: torch.device | str) -> float:
+    """Clock reading when all work on ``device`` so far is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(work: Callable[[], Any], *, num_repeats: int = 3, device: torch.device | str = "cpu") -> float:
     """Median time of one call without gradients, after one to warm up."""
     with torch.no_grad():
         times = []
         for _ in range(num_repeats + 1):
-            began = time.perf_counter()
+            began = _now(device)
             work()
-            times.append(time.perf_counter() - began)
+            times.append(_now(device) - began)
     return statistics.median(times[1:])

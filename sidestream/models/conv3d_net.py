@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sidestream.errors import LayoutError, ModelError
 from sidestream.models.c3d import C3DLayers
-from sidestream.models.clip_layout import as_stream_of, check_clip
+from sidestream.models.clip_layout import ClipForm, as_stream_of, check_clip
 from sidestream.models.conv3d_blocks import streaming_form
 from sidestream.models.i3d_layers import POOLED_FRAMES, PooledFrames
 from sidestream.nn.combine import Chain, PerFrame
@@ -43,7 +43,7 @@ class Conv3dNet(nn.Module):
     ``net``: torchvision's VideoResNet (R3D, MC3, R(2+1)D) or S3D, or ``C3DLayers``; its parameters keep their names,
     so its weights files load. Any length from ``min_frames`` on, any size from ``min_px`` on. ``is_causal``: no answer
     sees a later frame, since all temporal padding lies in the past ("masked" convolutions); it takes the same weights,
-    which were not trained for it. Put other layers into ``net`` before, not after.
+    which were not trained for it. Layers that change a weight on its way (``parametrize``, ``prune``) are not followed.
 
     Raises ``LayoutError`` for other axes and for clips that are too short or too small, ``ModelError`` for another
     kind of net.
@@ -55,8 +55,7 @@ class Conv3dNet(nn.Module):
         shape = shape_of(net)
         self.classifier, self.num_features, self.stride_px = shape.classifier, shape.num_features, shape.stride_px
         self.min_frames, self.min_px = 1 if is_causal else shape.min_frames, shape.min_px
-        # In a tuple, so that the shared parameters are not listed twice.
-        self._clip_form = (Chain(*self._trunk()), Chain(*self._head()))
+        self._clip_form = ClipForm(net, self._chains)
 
     @property
     def weights_target(self) -> nn.Module:
@@ -68,7 +67,7 @@ class Conv3dNet(nn.Module):
 
     def answers(self, clip_BTCHW: Tensor) -> Tensor:
         """Logits of every step in time (B, T', num_classes): the clip form of ``streaming``."""
-        return self._clip_form[1](self.features(clip_BTCHW))
+        return self._clip_form()[1](self.features(clip_BTCHW))
 
     def features(self, clip_BTCHW: Tensor) -> Tensor:
         """Maps before the last pooling, (B, T', num_features, H / stride_px, W / stride_px)."""
@@ -79,7 +78,7 @@ class Conv3dNet(nn.Module):
                 f"{name} was given frames of {tuple(clip_BTCHW.shape[3:])} pixels; it needs {self.min_px} or more in "
                 "height and width: give larger ones"
             )
-        return self._clip_form[0](clip_BTCHW)
+        return self._clip_form()[0](clip_BTCHW)
 
     def streaming(self) -> Chain:
         """The net on a stream, its parameters shared: logits (B, num_classes) of every step in time.
@@ -92,6 +91,9 @@ class Conv3dNet(nn.Module):
     def streaming_features(self) -> Chain:
         """``features`` on a stream: maps (B, num_features, H', W')."""
         return as_stream_of(self, Chain(*self._trunk()))
+
+    def _chains(self) -> tuple[Chain, Chain]:
+        return Chain(*self._trunk()), Chain(*self._head())
 
     def _trunk(self) -> Iterator[Steppable]:
         return (streaming_form(module, is_causal=self.is_causal) for module in _trunk_modules(self.net))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,12 +13,13 @@ from sidestream.errors import LayoutError
 def guard_frames(model: nn.Module, name: str) -> nn.Module:
     """Make ``model`` raise ``LayoutError`` for anything but float ``frame_BCHW`` with 3 channels; gives it back."""
 
-    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            check_frame(name, args[0])
-
-    model.register_forward_pre_hook(check)
+    model.register_forward_pre_hook(partial(_check, name))  # no closure, so that models can be pickled
     return model
+
+
+def _check(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    if args and isinstance(args[0], Tensor):
+        check_frame(name, args[0])
 
 
 def check_frame(name: str, frame_BCHW: Tensor) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from sidestream.errors import ModelError
+from sidestream.errors import LayoutError, ModelError
 from sidestream.models.clip_layout import as_stream_of
 from sidestream.nn.combine import Chain, PerFrame
 
@@ -59,7 +59,7 @@ class DenseModel(nn.Module):
     strides. With ``kind`` "masks" the answers have the size of the frames. Height and width: multiples of
     ``trunk.stride_px``. The trunk's own classifier is taken out.
 
-    Raises ``ModelError`` for a model without maps.
+    Raises ``ModelError`` for a model without maps, ``LayoutError`` for clips of another size.
     """
 
     def __init__(
@@ -69,11 +69,16 @@ class DenseModel(nn.Module):
         num_channels, stride_px = _described(trunk)
         if (name := getattr(trunk, "classifier", None)) is not None:
             trunk.set_submodule(name, nn.Identity())
-        self.trunk = trunk
+        self.trunk, self.stride_px = trunk, stride_px
         self.head = DenseHead(num_channels, num_outputs, kind=kind, stride_px=stride_px, num_inner=num_inner)
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         maps_BTCHW = self.trunk.features(clip_BTCHW)  # type: ignore[operator]
+        if any(side % self.stride_px for side in clip_BTCHW.shape[-2:]):
+            raise LayoutError(
+                f"a model with a dense head was given frames of {tuple(clip_BTCHW.shape[-2:])} pixels; it takes "
+                f"multiples of {self.stride_px}, so that its maps lie on the pixels: resize or crop them"
+            )
         return self.head(maps_BTCHW.flatten(0, 1)).unflatten(0, maps_BTCHW.shape[:2])
 
     answers = forward

@@ -166,6 +166,11 @@ def _check_loads(net: nn.Module, config: dict[str, Any]) -> None:
             f"this {type(net).__name__} is no longer what create_model makes of {config['name']!r}, so it would not "
             f"load again: {'; '.join(problems)}. Save the model itself, not its stream or a compiled or changed one"
         )
+    if type(fresh) is not type(net):
+        raise ModelError(
+            f"create_model makes a {type(fresh).__name__} of {config['name']!r}, and this is a {type(net).__name__}: "
+            "it would load as another model; save_weights(model, 'file.safetensors') saves what it holds"
+        )
 
 
 def _load(folder: Path) -> nn.Module:

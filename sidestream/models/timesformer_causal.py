@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sidestream.errors import LayoutError
-from sidestream.models.clip_layout import as_stream_of, check_clip
+from sidestream.models.clip_layout import ClipForm, as_stream_of, check_clip
 from sidestream.models.timesformer import TimeSformer
 from sidestream.models.timesformer_blocks import Attention, Block
 from sidestream.models.timesformer_embedding import Embedding, Size
@@ -36,7 +36,7 @@ class CausalTimeSformer(nn.Module):
         super().__init__()
         self.net = TimeSformer(num_classes, scheme="divided", size=size)
         self.num_features, self.stride_px = self.net.num_features, self.net.stride_px
-        self._clip_form = (self._chain(),)  # in a tuple, so that the shared parameters are not listed twice
+        self._clip_form = ClipForm(self.net, self._chains)
 
     @property
     def weights_target(self) -> nn.Module:
@@ -49,13 +49,13 @@ class CausalTimeSformer(nn.Module):
     def answers(self, clip_BTCHW: Tensor) -> Tensor:
         """Logits of every frame (B, T, num_classes), each from the frames up to it: the clip form of ``streaming``."""
         check_clip("TimeSformer", clip_BTCHW)
-        return self._clip_form[0](clip_BTCHW)
+        return self._clip_form()[0](clip_BTCHW)
 
     def features(self, clip_BTCHW: Tensor) -> Tensor:
         """Maps of every frame after the last norm, without the class token: (B, T, D, H / patch, W / patch)."""
         check_clip("TimeSformer", clip_BTCHW)
         tokens_BTND = clip_BTCHW
-        for layer in self._clip_form[0].layers[:-1]:
+        for layer in self._clip_form()[0].layers[:-1]:
             tokens_BTND = layer(tokens_BTND)
         height, width = (side // self.stride_px for side in clip_BTCHW.shape[-2:])
         return self.net.norm(tokens_BTND[:, :, 1:]).unflatten(2, (height, width)).movedim(-1, 2)
@@ -67,6 +67,9 @@ class CausalTimeSformer(nn.Module):
     def streaming(self) -> Chain:
         """The net on a stream, its parameters shared: logits (B, num_classes) of every frame, at once."""
         return as_stream_of(self, self._chain())
+
+    def _chains(self) -> tuple[Chain]:
+        return (self._chain(),)
 
     def _chain(self) -> Chain:
         window = self.net.size.num_frames

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sidestream.errors import LayoutError, MissingExtraError, ModelError, WeightsError
@@ -177,7 +178,8 @@ def _renamed(key: str, family: str) -> str:
 @cache
 def _reads_new_keys(family: str) -> bool:
     sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
-    keys = classifier_net(family, **sizes, image_size=16, num_frames=2).state_dict()
+    with torch.random.fork_rng(devices=[]):  # to look at keys changes no later random number
+        keys = classifier_net(family, **sizes, image_size=16, num_frames=2).state_dict()
     return any(_RENAMED[family][0][1] in key for key in keys)
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from sidestream.errors import ModelError, WeightsError
-from sidestream.models.clip_layout import as_stream_of, check_clip
+from sidestream.models.clip_layout import ClipForm, as_stream_of, check_clip
 from sidestream.models.info import ModelInfo
 from sidestream.models.weights import KeyMap, StateDict
 from sidestream.nn.combine import Chain, PerFrame, Residual
@@ -84,7 +84,7 @@ class TSM(nn.Module):
 
     ``net``: a ResNet or MobileNetV2 of torchvision; its parameters keep their names. Any number of frames from one on
     (trained on 8), any size that ``net`` takes. ``is_online``: shift from the past only, so no answer sees a later
-    frame; otherwise each shift sees one frame ahead. Put other layers into ``net`` before, not after.
+    frame; otherwise each shift sees one frame ahead.
 
     Raises ``LayoutError`` for other axes, ``ModelError`` for another kind of net.
     """
@@ -96,7 +96,7 @@ class TSM(nn.Module):
         self.net, self.is_online = net, is_online
         self.classifier = "net.fc" if hasattr(net, "fc") else "net.classifier"
         self.num_features = next(m for m in reversed(list(net.modules())) if isinstance(m, nn.Linear)).in_features
-        self._clip_form = (self._chain(),)  # in a tuple, so that the shared parameters are not listed twice
+        self._clip_form = ClipForm(net, self._chains)
 
     @property
     def weights_target(self) -> nn.Module:
@@ -109,12 +109,12 @@ class TSM(nn.Module):
     def answers(self, clip_BTCHW: Tensor) -> Tensor:
         """Logits of every frame (B, T, num_classes): the clip form of ``streaming``."""
         check_clip("TSM", clip_BTCHW)
-        return self._clip_form[0](clip_BTCHW)
+        return self._clip_form()[0](clip_BTCHW)
 
     def features(self, clip_BTCHW: Tensor) -> Tensor:
         """Maps of every frame before the last pooling, (B, T, num_features, H / 32, W / 32)."""
         check_clip("TSM", clip_BTCHW)
-        for layer in self._clip_form[0].layers[:-1]:
+        for layer in self._clip_form()[0].layers[:-1]:
             clip_BTCHW = layer(clip_BTCHW)
         return clip_BTCHW
 
@@ -129,6 +129,9 @@ class TSM(nn.Module):
         work frame by frame.
         """
         return as_stream_of(self, self._chain())
+
+    def _chains(self) -> tuple[Chain]:
+        return (self._chain(),)
 
     def _chain(self) -> Chain:
         shift: Callable[[], Steppable] = (

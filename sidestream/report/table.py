@@ -44,7 +44,7 @@ def summary_rows(summary: RunSummary) -> list[tuple[str, str]]:
     peak = summary.peak_memory_bytes
     return [
         ("frames in / answered / dropped", f"{summary.num_frames_in} / {summary.num_answered} / {summary.num_dropped}"),
-        ("frames per second", _number(summary.frames_per_second)),
+        ("answers per second", _number(summary.frames_per_second)),
         ("latency p50 / p95 / p99", f"{_number(p50)} / {_number(p95)} / {_number(p99)} ms"),
         ("peak memory", "unknown" if peak is None else f"{peak / _MIB:.0f} MiB"),
         *((f"busy: {name}", f"{100 * share:.0f} %") for name, share in summary.busy_shares.items()),

@@ -49,11 +49,23 @@ def test_writes_records_tables_and_a_picture_and_goes_on_where_it_was(
     assert all(r["peak_bytes"] == 4 * 2**20 for r in added)
 
 
+def test_the_order_given_says_who_stands_for_a_family(tmp_path: Path) -> None:
+    """Also where another one was measured first; and each is measured once."""
+    flags = [*FLAGS, "--parts", "params", "--out", str(tmp_path)]
+    assert main(["compare", MODELS[0], *flags]) == 0
+    assert main(["compare", MODELS[1], MODELS[0], MODELS[1], *flags]) == 0
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["model"] for line in lines] == MODELS
+    assert f"frame by frame (2D): {MODELS[1]}" in (tmp_path / "tables.md").read_text()
+
+
 def test_other_settings_go_to_another_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["compare", MODELS[0], *FLAGS, "--parts", "params", "--out", str(tmp_path)]
     assert main(command) == 0
     assert main([*command, "--answer-every", "3"]) == 2
     assert "give another --out" in capsys.readouterr().err
-    assert main([*command[:2], "--num-frames", "0"]) == 2
+    for flag in ("--num-frames", "--threads", "--lengths"):
+        assert main([*command[:2], flag, "0"]) == 2
+        assert f"{flag} 0; expected 1 or more" in capsys.readouterr().err
     assert main(["compare", MODELS[0], "--parts", "speed", "--out", str(tmp_path / "x")]) == 2
     assert "unknown part 'speed'" in capsys.readouterr().err

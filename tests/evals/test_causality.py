@@ -65,6 +65,14 @@ def test_one_answer_for_a_clip_is_late_for_all_but_its_last_frame() -> None:
     assert found.is_causal
 
 
+@pytest.mark.parametrize("layer", [Conv3d(3, 2, 3, padding=1), CausalConv3d(3, 2, 3, padding=1)])
+def test_one_frame_shows_nothing_so_it_is_repeated(layer: nn.Module) -> None:
+    model = nn.Module()
+    model.forward = model.answers = layer.forward  # type: ignore[assignment,method-assign]
+    found = find_causality(forms_of(model, num_frames=1, answer_every=1), clip(1))
+    assert (found.is_causal, found.num_frames) == (isinstance(layer, CausalConv3d), 2)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_a_net_with_strides_is_given_a_longer_clip(is_causal: bool) -> None:
     """I3D has one answer for 16 frames, and another where the clip is longer: then poisoning tells."""

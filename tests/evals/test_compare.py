@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from sidestream.errors import InputError, ModelError
 from sidestream.evals.compare import Setting, compare
 from sidestream.evals.compare_forms import forms_of
-from sidestream.evals.compare_speed import Runner
+from sidestream.evals.compare_speed import Runner, seconds_of
 from sidestream.evals.compare_table import (
     accuracy_table,
     collect,
@@ -56,8 +57,6 @@ def test_a_clip_model_without_step_form_slides() -> None:
 
 class Sleepy(torch.nn.Module):
     def forward(self, clip_BTCHW: torch.Tensor) -> torch.Tensor:
-        import time
-
         time.sleep(0.02)
         return clip_BTCHW[:, -1, :, 0, 0]
 
@@ -73,6 +72,18 @@ def test_latency_is_of_the_answering_step_and_throughput_of_all_frames() -> None
     assert speed.frames_per_second <= 3 / 0.02
     assert speed.frames_per_second * speed.latency_seconds > 1  # a step that swallows costs next to nothing
     assert speed.joules_per_frame == 6 / speed.num_frames
+
+
+def test_a_call_on_a_gpu_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU does: the call returns at once, and the work is done when the device is waited for."""
+    waiting: list[int] = []
+
+    def synchronize(device: object) -> None:
+        time.sleep(0.02 * len(waiting))
+        waiting.clear()
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert seconds_of(lambda: waiting.append(1), num_repeats=2, device="cuda") >= 0.02
 
 
 def test_records_restart_where_they_were() -> None:

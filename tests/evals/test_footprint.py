@@ -64,7 +64,7 @@ def test_a_case_that_would_not_fit_is_left_out(free: int, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compare_memory, "available_bytes", lambda device: free)
     monkeypatch.setattr(compare_memory, "measure_footprint", lambda case: Footprint(case.num_frames * 10**5, 7, True))
-    records = list(compare_memory.memory_records("net", Setting(lengths=(4, 8, 16)), {}, lambda text: None))
+    records = list(compare_memory.memory_records("net", Setting(lengths=(16, 4, 8, 8)), {}, lambda text: None))
     assert [(r["work"], r["num_frames"]) for r in records] == [
         ("clip", 16),
         ("stream", 16),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from contract import check_streaming_layer
-from sidestream.errors import ModelError
+from sidestream.errors import LayoutError, ModelError
 from sidestream.models import create_model, info_of
 from sidestream.models.heads import DenseHead, DenseModel
 from sidestream.models.i3d import I3D
@@ -93,6 +93,13 @@ def test_by_name(name: str) -> None:
     assert (info.task, info.num_classes, info.labels) == ("keypoints", 15, None)
     maps = model(random_clip(9, 64))
     assert maps.shape[2:] == (15, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["keypoints", "masks"])
+def test_frames_that_are_no_whole_number_of_cells_are_refused(kind: str) -> None:
+    model = DenseModel(Steps(), 5, kind=kind, num_inner=4).eval()  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match=r"\(32, 36\) pixels; it takes multiples of 8"):
+        model(torch.zeros(1, 2, 3, 32, 36))
 
 
 def test_refuses_what_has_no_maps() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import sidestream as ss
 from sidestream.errors import ModelError, WeightsError, WriteError
 from sidestream.models import create_model, info_of, labels_of, list_models, pretrained
+from sidestream.models.frame import frame_by_frame
 from sidestream.models.info import attach_info
 from sidestream.types import InputSpec
 
@@ -223,6 +224,8 @@ def test_models_that_would_not_load_again_are_refused(tmp_path: Path) -> None:
     changed.fc = nn.Linear(changed.fc.in_features, 7)
     with pytest.raises(ModelError, match=r"2 of another shape: fc\.weight"):
         ss.save_pretrained(changed, tmp_path / "model")
+    with pytest.raises(ModelError, match=r"makes a ResNet of '.*', and this is a FrameByFrame"):
+        ss.save_pretrained(frame_by_frame(small()), tmp_path / "model")  # its keys are those of the image model
     mixed: Any = small()
     mixed.fc.half()
     with pytest.raises(ModelError, match=r"types \['float16', 'float32'\]"):

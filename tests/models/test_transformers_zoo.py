@@ -17,7 +17,7 @@ from sidestream.models import create_model, labels_of, list_models, model_info, 
 from sidestream.models.timesformer import TimeSformer
 from sidestream.models.timesformer import map_keys as timesformer_keys
 from sidestream.models.timesformer_embedding import Size
-from sidestream.models.transformers_zoo import ClipTransformer, classifier_net, map_keys
+from sidestream.models.transformers_zoo import ClipTransformer, _reads_new_keys, classifier_net, map_keys
 from sidestream.models.weights import load_state, load_weights
 from sidestream.types import Clip
 from sidestream.video import prepare
@@ -353,3 +353,12 @@ def test_without_transformers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
 def test_kinetics_labels_are_in_the_order_of_the_weights() -> None:
     """transformers' documentation of ViViT shows class 116 for a video of someone eating spaghetti."""
     assert (model_info("vivit_b_16x2").labels or ())[116] == "eating spaghetti"
+
+
+@pytest.mark.parametrize("family", ["Vivit", "VideoMAE"])
+def test_to_look_at_keys_moves_no_random_number(family: str) -> None:
+    _reads_new_keys.cache_clear()
+    state = torch.get_rng_state()
+    map_keys({}, family)
+    _reads_new_keys(family)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -26,7 +26,7 @@ SUMMARY = RunSummary(
 def test_rows_by_hand():
     assert summary_rows(SUMMARY) == [
         ("frames in / answered / dropped", "120 / 100 / 20"),
-        ("frames per second", "25.0"),
+        ("answers per second", "25.0"),
         ("latency p50 / p95 / p99", "30.0 / 48.0 / 49.6 ms"),
         ("peak memory", "512 MiB"),
         ("busy: stage 1 [stem]", "91 %"),
