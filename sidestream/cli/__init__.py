@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from sidestream.cli.compare import compare
     from sidestream.cli.demo import demo
     from sidestream.cli.doctor import doctor
+    from sidestream.cli.evaluate import evaluate
     from sidestream.cli.models import models
     from sidestream.cli.predict import predict
     from sidestream.cli.run import run
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "run": run,
         "predict": predict,
         "train": train,
+        "evaluate": evaluate,
         "bench": bench,
         "compare": compare,
         "chart": chart,

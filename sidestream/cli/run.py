@@ -61,11 +61,14 @@ def run(
     from sidestream.clock import WallClock
     from sidestream.engine import run as run_circuit
     from sidestream.video import stream
+    from sidestream.video.write import FORMATS
 
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
     for flag, path in (("--out", out), ("--json", json)):
         check_target(flag, path, source)
+    if out is not None and out.suffix.lower() not in FORMATS:
+        raise WriteError(f"--out {out}: suffix {out.suffix!r} is not known; use one of {', '.join(FORMATS)}")
     clock = WallClock()
     frames = stream(
         source, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate
@@ -221,16 +224,12 @@ class Job:
 
 def check_target(flag: str, path: Path | None, source: str) -> None:
     """Refuse, before any work, an output that cannot be written or would replace the source. Raises WriteError."""
-    from sidestream.video.write import FORMATS
-
     if path is None:
         return
     if path.is_dir():
         raise WriteError(f"{flag} {path} is a folder; give the name of a file")
     if not path.parent.is_dir():
         raise WriteError(f"{flag} {path}: there is no folder {path.parent}; make it first")
-    if flag == "--out" and path.suffix.lower() not in FORMATS:
-        raise WriteError(f"{flag} {path}: suffix {path.suffix!r} is not known; use one of {', '.join(FORMATS)}")
     if path.exists() and Path(source).exists() and path.samefile(source):
         raise WriteError(f"{flag} {path} is the source itself; give another name, so that it is not overwritten")
 

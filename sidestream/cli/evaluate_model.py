@@ -1,0 +1,146 @@
+"""The model's side of ``sidestream evaluate``: from flags to a model, its data, and its answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sidestream.cli.evaluate import FRAMES_OF_FRAME_MODELS
+from sidestream.errors import InputError
+from sidestream.types import InputSpec
+
+
+def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
+    """One answer per clip; top-1 of the test part."""
+    from sidestream.data import ClipOptions, Loader, open_dataset
+    from sidestream.models.create import model_info
+    from sidestream.train.answering import Answering, check_model
+    from sidestream.train.evaluate import evaluate
+
+    spec = _spec(given, model_info(given["model"]).input_spec)
+    dataset = open_dataset(
+        given["data"], part="test", split=given["split"], root=given["root"], spec=spec, options=ClipOptions()
+    )
+    net = Answering(_model(given, dataset.num_classes))
+    loader = Loader(dataset, batch_size=given["batch_size"])
+    check_model(net, next(loader.batches(0)).clip_BTCHW[:1], dataset.num_classes)
+    found = evaluate(net, loader.batches(0))
+    per_class = {dataset.class_names[label]: list(counts) for label, counts in found.per_class.items()}
+    return {
+        "metric": "top_1",
+        "accuracy": found.accuracy,
+        "num_correct": found.num_correct,
+        "num_records": found.num_records,
+        "loss": found.loss,
+        "per_class": per_class,
+        "skipped": dataset.skipped,
+    }
+
+
+def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Every frame of the test clips, offline and (with --streaming) live; and what the circuit is."""
+    import torch
+
+    from sidestream.circuit.ages import latency_ticks
+    from sidestream.circuit.cut import cut
+    from sidestream.circuit.wiring import wire
+    from sidestream.data import open_dataset
+    from sidestream.evals.streaming.judge import classes_answer, judge, points_answer
+    from sidestream.evals.streaming.labelled import labelled_clips, num_points
+    from sidestream.models import info_of
+    from sidestream.models.create import model_info
+    from sidestream.models.on_stream import on_stream
+
+    _check(given)
+    device = _device(given)
+    spec = _spec(given, model_info(given["model"]).input_spec)
+    dataset = open_dataset(given["data"], part="test", split=given["split"], root=given["root"], spec=spec)
+    is_points = given["head"] == "keypoints"
+    net: Any = _model(given, num_points(dataset) if is_points else dataset.num_classes)
+    info = info_of(net)
+    assert info is not None  # create_model hangs one on every model
+    if info.input_spec.layout == "BTCHW":
+        net, info = on_stream(net, _with_spec(info, spec))
+        spec = info.input_spec
+    example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
+    circuit = wire(cut(net.eval(), example, num_stages=given["stages"]), given["wiring"])
+    clips = labelled_clips(dataset, given["head"], frame_rate=given["frame_rate"], max_clips=given["max_clips"])
+    judged = judge(
+        circuit,
+        clips,
+        answer=points_answer(spec) if is_points else classes_answer(),
+        device=device,
+        streaming=given["streaming"],
+        judged_frame="newest" if given["predictive"] else "answered",
+        prepare=spec,
+        executor=given["executor"],
+        num_threads=given["threads"],
+    )
+    about = {
+        "num_clips": judged.num_clips,
+        "circuit": {
+            "num_stages": circuit.num_stages,
+            "wiring": circuit.wiring,
+            "latency_ticks": latency_ticks(circuit),
+        },
+        "is_simulated": device is not None,
+    }
+    return judged, about
+
+
+def _model(given: dict[str, Any], num_outputs: int) -> Any:
+    from sidestream.models import create_model
+
+    return create_model(
+        given["model"],
+        num_classes=num_outputs,
+        weights=None if given["weights"] == "random" else given["weights"],
+        head=given["head"],
+    )
+
+
+def _spec(given: dict[str, Any], own: InputSpec) -> InputSpec:
+    """What the model wants, with the sizes that were given instead."""
+
+    def chosen(name: str, default: int) -> int:
+        return default if given[name] is None else given[name]
+
+    is_clip_model = own.layout == "BTCHW"
+    return own.replace(
+        num_frames=chosen("num_frames", own.num_frames if is_clip_model else FRAMES_OF_FRAME_MODELS),
+        frame_step=chosen("frame_step", own.frame_step),
+        size_px=own.size_px if given["size"] is None else (given["size"], given["size"]),
+        resize_px=own.resize_px if given["size"] is None else None,
+    )
+
+
+def _with_spec(info: Any, spec: InputSpec) -> Any:
+    from dataclasses import replace
+
+    return replace(info, input_spec=spec)
+
+
+def _device(given: dict[str, Any]) -> Any:
+    from sidestream.evals.streaming.judge import UNLIMITED, SimulatedDevice, constant_profile
+    from sidestream.evals.streaming.runtimes import RuntimeProfile
+    from sidestream.evals.streaming.schedule import POLICIES
+
+    if given["runtime_ms"] and given["profile"] is not None:
+        raise InputError("--runtime-ms and --profile were given; simulate one device, so leave one of them out")
+    if given["policy"] not in (*POLICIES, UNLIMITED):
+        raise InputError(f"unknown policy {given['policy']!r}; expected one of {', '.join((*POLICIES, UNLIMITED))}")
+    if given["runtime_ms"]:
+        found = constant_profile(given["runtime_ms"])
+    elif given["profile"] is not None:
+        found = RuntimeProfile.read(given["profile"])
+    else:
+        return None
+    return SimulatedDevice(found, given["frame_rate"], policy=given["policy"], seed=given["seed"])
+
+
+def _check(given: dict[str, Any]) -> None:
+    if not given["frame_rate"] > 0:
+        raise InputError(f"--frame-rate {given['frame_rate']}; give frames per second above 0")
+    if given["stages"] < 1:
+        raise InputError(f"--stages {given['stages']}; give 1 or more")
+    if given["max_clips"] is not None and given["max_clips"] < 1:
+        raise InputError(f"--max-clips {given['max_clips']}; give 1 or more")
