@@ -25,6 +25,13 @@ def train(
     batch_size: int = 16,
     seed: int = 0,
     rule: str = "backprop",
+    skips: Literal["none", "add", "concat", "projection"] = "none",
+    update: str = "clip",
+    target: Literal["answered", "newest"] = "answered",
+    loss_delay: int = 0,
+    keep: Literal["graph", "inputs", "inputs and weights"] = "graph",
+    executor: Literal["inline", "threads"] = "inline",
+    num_stages: int | None = None,
     task: Literal["clip", "frame"] = "clip",
     optimizer: str = "sgd",
     weight_decay: float = 1e-4,
@@ -64,8 +71,17 @@ def train(
         lr: largest learning rate; it warms up to it and falls along a cosine.
         batch_size: clips of a batch.
         seed: of the initial weights, the clips, their order and dropout.
-        rule: who computes the gradients.
-        task: clip (the loss of the clip's logits) or frame (of every frame's).
+        rule: who computes the gradients: backprop, or in stages side by side, frame by frame: exact (the same
+            gradients) or sideways (without waiting; right where frames change slowly).
+        skips: none, or how each layer joins the output of the layer before the last (vgg8, simple_cnn): add, concat,
+            projection.
+        update: exact, sideways: once per clip (a batch of clips), every tick, or every N ticks.
+        target: exact, sideways: of the frame that is answered, or of the newest.
+        loss_delay: sideways: 1 takes the loss one tick later.
+        keep: exact: graph, inputs (goes forward again), or inputs and weights.
+        executor: exact, sideways: inline or threads.
+        num_stages: exact, sideways: cut into so many stages (default: one per layer where the model says which).
+        task: clip (the loss of the clip's logits) or frame (of every frame's; always so with exact and sideways).
         optimizer: any of torch.optim by name.
         weight_decay: of weights, not of biases and norms.
         warmup_epochs: epochs in which the learning rate rises.
@@ -124,7 +140,9 @@ def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
     from sidestream.train.rules import rule_by_name
 
     logging.getLogger("sidestream").setLevel(logging.INFO)
-    config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__ if name in options})
+    chosen = {name: options[name] for name in TrainConfig.__dataclass_fields__ if name in options}
+    chosen["update"] = int(chosen["update"]) if chosen["update"].isdecimal() else chosen["update"]
+    config = TrainConfig(**chosen)
     rule_by_name(config.rule)
     RunFolder(out, resume=is_resumed)  # refuses before the work
     train_data, test_data = _data(options)

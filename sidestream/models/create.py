@@ -57,6 +57,7 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "transformers_zoo",
         "frame",
         "tsn",
+        "vgg8",
     ),
     "torchvision": ("torchvision_zoo",),
     "timm": ("timm_zoo",),
@@ -77,14 +78,18 @@ def create_model(
     model, or "hf:USER/NAME" on the hub, which come with weights and labels of their own. Frame models read
     ``frame_BCHW``, clip models ``clip_BTCHW``, both normalised as their input spec says.
     ``num_classes``: another number of classes than the library's (a fresh head).
-    ``weights``: None for random ones, "default" for the library's own (from its hub, or a package), or the path of a
-    ``.safetensors`` / ``.pt`` / ``.pth`` file; always strict.
+    ``weights``: None or "random" for fresh ones, "default" for the library's own (from its hub, or a package), or the
+    path of a ``.safetensors`` / ``.pt`` / ``.pth`` file; always strict.
     ``labels``: one per class, or the path of a file (``read_labels``); None for those that belong to the model.
     ``head``: "classes", or for a clip model "keypoints" (heat maps) or "masks", with ``num_classes`` maps each
     (``models.heads``); weights files are then those of the whole model, head included.
 
     Raises ``ModelError`` for an unknown name, ``WeightsError`` for weights that cannot be had or do not fit.
     """
+    if weights == "random":
+        weights = None
+    if num_classes is not None and not isinstance(num_classes, int):
+        raise ModelError(f"{num_classes=} is no number of classes; give a whole number, or None for the model's own")
     if head not in get_args(HeadKind):
         raise ModelError(f"{head=} is unknown; there are {', '.join(get_args(HeadKind))}")
     if _is_saved(name):

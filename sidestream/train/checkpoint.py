@@ -25,9 +25,13 @@ FORMAT = "sidestream-run-1"
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], position: Mapping[str, Any]
+    folder: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    position: Mapping[str, Any],
+    rule_state: Mapping[str, Any] | None = None,
 ) -> None:
-    """``position``: plain values, for JSON. Raises ``WriteError``."""
+    """``position``: plain values, for JSON. ``rule_state``: plain values and tensors. Raises ``WriteError``."""
     from safetensors.torch import save_file
 
     tensors = {f"model/{key}": value for key, value in model.state_dict().items()}
@@ -37,8 +41,9 @@ def save_checkpoint(
             for name, value in entries.items():
                 place = f"optimizer/{number}/{index}/{name}"
                 (tensors if isinstance(value, Tensor) else plain)[place] = value
+    plain_rule = _parted(rule_state or {}, "rule", tensors)
     ready = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    note = json.dumps({"position": position, "optimizer": plain}, allow_nan=False)
+    note = json.dumps({"position": position, "optimizer": plain, "rule": plain_rule}, allow_nan=False)
     try:
         with write_beside(folder / NAME) as part:
             save_file(ready, part, metadata={"format": FORMAT, "run": note})
@@ -50,8 +55,10 @@ def save_checkpoint(
         raise WriteError(f"cannot write the checkpoint in {str(folder)!r}: {error}") from error
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
-    """Fill the model and the optimisers; gives back the position.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> tuple[dict[str, Any], Any]:
+    """Fill the model and the optimisers; gives back the position, and the rule's own state.
 
     Raises ``InputError`` where there is no checkpoint, or one of another model.
     """
@@ -69,7 +76,28 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizers: Sequence[torch.o
             if int(own_number) == number:
                 state.setdefault(int(index), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return note["position"]
+    return note["position"], _joined(note.get("rule", {}), tensors)
+
+
+def _parted(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` for JSON, its tensors put into ``tensors`` under the names of their places."""
+    if isinstance(value, Tensor):
+        tensors[place] = value
+        return {"tensor": place}
+    if isinstance(value, Mapping):
+        return {key: _parted(each, f"{place}/{key}", tensors) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_parted(each, f"{place}/{n}", tensors) for n, each in enumerate(value)]
+    return value
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of ``_parted``."""
+    if isinstance(value, dict):
+        if set(value) == {"tensor"} and isinstance(value["tensor"], str):
+            return tensors[value["tensor"]]
+        return {key: _joined(each, tensors) for key, each in value.items()}
+    return [_joined(each, tensors) for each in value] if isinstance(value, list) else value
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,12 +9,19 @@ from typing import Any
 
 from sidestream.errors import InputError
 
-CHOICES = {
+CHOICES: dict[str, tuple[int | str, ...]] = {
     "task": ("clip", "frame"),
     "schedule": ("cosine", "constant"),
     "precision": ("no", "bf16", "fp16"),
     "device": ("auto", "cpu"),
+    "skips": ("none", "add", "concat", "projection"),
+    "target": ("answered", "newest"),
+    "keep": ("graph", "inputs", "inputs and weights"),
+    "executor": ("inline", "threads"),
+    "loss_delay": (0, 1),
 }
+DEPTH_PARALLEL = ("exact", "sideways")
+"""Rules that train a net's stages side by side; the fields from ``update`` on are theirs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +58,37 @@ class TrainConfig:
     device: str = "auto"
     num_workers: int = 2
     patience: int | None = None
-    """Stop early after so many epochs without a better test accuracy."""
+    """Stop early after so many epochs without a better test accuracy, behind an epoch that was evaluated."""
     evaluate_every: int = 1
     """Epochs; the last one is always evaluated."""
     checkpoint_minutes: float = 5.0
     """A checkpoint is written when so much time has passed, after every epoch, and at the end."""
     tensorboard: bool = False
+    skips: str = "none"
+    """Other than "none": the net is made one whose stages also read the stage before the last, one frame newer
+    (``train.with_skips``). For all rules."""
+    update: int | str = "clip"
+    """When stages are updated: once per "clip" (batch of clips), every "tick", or every N ticks with a gradient."""
+    target: str = "answered"
+    """Of the frame that the answer is about, or of the "newest"; every frame has its clip's label."""
+    loss_delay: int = 0
+    """Sideways: 1 takes the loss one tick after the last stage."""
+    keep: str = "graph"
+    """Exact: what a stage keeps until the gradient is back."""
+    executor: str = "inline"
+    """"inline" or "threads": who fires the stages. The same numbers, to the bit."""
+    num_stages: int | None = None
+    """Stages of equal cost that the net is cut into; None: one per layer where the net says which (VGG-8), else 4."""
+
+    @property
+    def answers_task(self) -> str:
+        """What the evaluation asks for: depth-parallel rules take the loss of every frame, whatever ``task`` says."""
+        return "frame" if self.rule in DEPTH_PARALLEL else self.task
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}")
+                raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, choices))}")
         for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -76,6 +103,10 @@ class TrainConfig:
             raise InputError(f"clip_norm is {self.clip_norm}; give a number above 0, or None")
         if self.patience is not None and self.patience < 1:
             raise InputError(f"patience is {self.patience}; give 1 or more, or None")
+        if not (self.update in ("clip", "tick") or (type(self.update) is int and self.update >= 1)):
+            raise InputError(f"update is {self.update!r}; expected 'clip', 'tick' or a number of ticks from 1 on")
+        if self.num_stages is not None and self.num_stages < 2:
+            raise InputError(f"num_stages is {self.num_stages}; give 2 or more: a single stage has no depth to share")
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

@@ -15,13 +15,14 @@ from sidestream.errors import InputError
 from sidestream.report import machine
 from sidestream.train.answering import Answering, check_model
 from sidestream.train.checkpoint import NAME as CHECKPOINT
-from sidestream.train.config import TrainConfig
+from sidestream.train.config import DEPTH_PARALLEL, TrainConfig
 from sidestream.train.folder import RunFolder
 from sidestream.train.hardware import make_accelerator
 from sidestream.train.loop import Loop
 from sidestream.train.optimisers import make_optimizer, optimizer_class
 from sidestream.train.progress import progress
 from sidestream.train.rules import StepContext, rule_by_name
+from sidestream.train.skip_net import with_skips
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class TrainResult:
     """One record per epoch: train_loss, train_accuracy, test_loss, test_accuracy, seconds ..."""
     skipped: dict[str, str]
     """Records that could not be read, and why."""
+    model: nn.Module
+    """What was trained: the model that was given, or that with its skip wires."""
 
 
 def fit(
@@ -64,7 +67,8 @@ def fit(
             that was killed before its first checkpoint begins anew, with the weights that ``model`` has.
         about: what else to write into config.json (how the model and the data were made). Plain values.
 
-    BatchNorm works as usual in training: statistics of the batch's clips and frames together.
+    BatchNorm works as usual in training: statistics of the batch's clips and frames together; under the rules that go
+    frame by frame, of the batch's clips at one frame (``Sideways`` says what that means).
 
     Raises:
         InputError: a model that does not take the clips, labels that it does not answer, an unknown rule or
@@ -76,17 +80,21 @@ def fit(
     folder = RunFolder(out, resume=resume)
     if resume:
         folder.check_same(config)
-    net = Answering(model, config.task)
     accelerator = make_accelerator(config)
+    _check_processes(config, accelerator.num_processes)
     loaders = _loaders(train_data, test_data, config, (accelerator.process_index, accelerator.num_processes))
+    example_BTCHW = next(loaders[0].batches(0)).clip_BTCHW
+    model = with_skips(model, example_BTCHW[:, 0], config.skips)
+    net = Answering(model, config.answers_task)
     net.to(accelerator.device)
-    check_model(net, next(loaders[0].batches(0)).clip_BTCHW[:2].to(accelerator.device), train_data.num_classes)
+    example_BTCHW = example_BTCHW.to(accelerator.device)
+    check_model(net, example_BTCHW[:2], train_data.num_classes)
+    prepared = accelerator.prepare(net.train())  # rules look at it as it will be trained
+    rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW))
+    optimizers = rule.make_optimizers(lambda parameters: accelerator.prepare(make_optimizer(parameters, config)))
     if not resume and accelerator.is_main_process:
         folder.start(config, _about(model, train_data, test_data) | dict(about or {}))
     accelerator.wait_for_everyone()
-    prepared = accelerator.prepare(net)
-    rule = make_rule(StepContext(model, prepared, config, accelerator.backward))
-    optimizers = rule.make_optimizers(lambda parameters: accelerator.prepare(make_optimizer(parameters, config)))
     loop = Loop(
         accelerator=accelerator,
         net=prepared,
@@ -105,6 +113,11 @@ def fit(
     if is_main:
         folder.draw(f"{type(model).__name__}, {config.rule}, {train_data.name}")
     return _result(loop, train_data, test_data)
+
+
+def _check_processes(config: TrainConfig, num_processes: int) -> None:
+    if config.rule in DEPTH_PARALLEL and num_processes > 1:
+        raise InputError(f"the rule {config.rule!r} trains in one process, but {num_processes} were started")
 
 
 def _loaders(
@@ -146,4 +159,5 @@ def _result(loop: Loop, train_data: ClipDataset, test_data: ClipDataset | None) 
         best_test_accuracy=max(accuracies) if accuracies else None,
         history=tuple(history),
         skipped={**train_data.skipped, **(test_data.skipped if test_data is not None else {})},
+        model=loop.model,
     )

@@ -10,6 +10,7 @@ ends with the weights of an unbroken one (to the bit, on the CPU with as many th
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -79,7 +80,10 @@ class Loop:
         return self.config.epochs * len(self.train_loader)
 
     def resume(self) -> None:
-        self.at = Position(**load_checkpoint(self.folder.path, self.model, self.optimizers))
+        position, rule_state = load_checkpoint(self.folder.path, self.model, self.optimizers)
+        self.at = Position(**position)
+        if hasattr(self.rule, "load_state_dict"):
+            self.rule.load_state_dict(rule_state)
         self.folder.cut_log(self.at.log_bytes)
 
     def run(self, progress: Progress) -> None:
@@ -207,7 +211,7 @@ class Loop:
         else:
             at.epochs_since_best += 1
         at.epoch, at.batch, at.num_clips, at.loss_sum, at.correct_sum = at.epoch + 1, 0, 0, 0.0, 0.0
-        is_stuck = self.config.patience is not None and at.epochs_since_best >= self.config.patience
+        is_stuck = score is not None and at.epochs_since_best >= (self.config.patience or math.inf)
         at.is_done = at.epoch == self.config.epochs or is_stuck
 
     def save(self) -> None:
@@ -215,7 +219,8 @@ class Loop:
         self._count_seconds()
         self.at.log_bytes = self.folder.log_bytes()
         if self.accelerator.is_main_process:
-            save_checkpoint(self.folder.path, self.model, self.optimizers, asdict(self.at))
+            rule_state = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
+            save_checkpoint(self.folder.path, self.model, self.optimizers, asdict(self.at), rule_state)
             self.folder.save_weights(self.model, LAST)
         self._saved_at = time.monotonic()
 

@@ -1,5 +1,7 @@
 """``TrainStep``: what a training rule is to the loop; ``RULES``: the rules by name. Here: plain backpropagation.
 
+The others, "exact" and "sideways", are in ``train.depth_parallel``.
+
 A rule computes gradients; the loop owns the schedule, the logs and the checkpoints, in which the optimisers' states
 are. A rule asks for one optimiser for each group of parameters that is updated on its own: one for plain backprop,
 one per stage for rules on a circuit. While it works through a batch it calls ``update(numbers)`` whenever the
@@ -29,7 +31,8 @@ Metrics = dict[str, Tensor]
 
 
 class TrainStep(Protocol):
-    """One rule on one model. From batch to batch it holds nothing but its optimisers' states and the weights."""
+    """One rule on one model. From batch to batch it holds nothing but its optimisers' states and the weights, and what
+    is in its ``state_dict()`` where it has one (plain values and tensors, with ``load_state_dict(state)``)."""
 
     def make_optimizers(self, make: MakeOptimizer) -> list[Optimizer]:
         """One optimiser for each group of parameters that is updated on its own. Called once, before the first step."""
@@ -54,6 +57,8 @@ class StepContext:
     config: TrainConfig
     backward: Callable[[Tensor], Any]
     """Use this instead of ``loss.backward()``: it scales for fp16."""
+    example_BTCHW: Tensor | None = None
+    """A whole batch of the clips that will come, on the device of the model."""
 
 
 class Backprop:
@@ -75,7 +80,19 @@ class Backprop:
         return {"loss": loss.detach(), "accuracy": correct_B.float().mean()}
 
 
-RULES: dict[str, Callable[[StepContext], TrainStep]] = {"backprop": Backprop}
+def _exact(context: StepContext) -> TrainStep:
+    from sidestream.train.depth_parallel import DepthParallel
+
+    return DepthParallel(context, "exact")
+
+
+def _sideways(context: StepContext) -> TrainStep:
+    from sidestream.train.depth_parallel import DepthParallel
+
+    return DepthParallel(context, "sideways")
+
+
+RULES: dict[str, Callable[[StepContext], TrainStep]] = {"backprop": Backprop, "exact": _exact, "sideways": _sideways}
 """A rule joins by a line here."""
 
 

@@ -42,6 +42,21 @@ def test_a_run_leaves_its_files_and_can_be_taken_up(run: Path, capsys: pytest.Ca
     assert "1 epochs, test accuracy" in capsys.readouterr().out
 
 
+def test_depth_parallel_rules_with_their_options(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--model", "simple_cnn", "--num-frames", "9", "--size", "32", "--epochs", "1", "--num-workers", "1"]
+    words += ["--rule", "sideways", "--skips", "add", "--update", "3", "--target", "newest", "--loss-delay", "1"]
+    assert main(["train", "--data", folder, *words, "--executor", "threads", "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    wanted = {"rule": "sideways", "skips": "add", "update": 3, "target": "newest", "loss_delay": 1}
+    assert config["train"].items() >= {**wanted, "executor": "threads", "keep": "graph"}.items()
+    before = {key: value.clone() for key, value in load_file(out / "last.safetensors").items()}
+    assert main(["train", "--resume", str(out)]) == 0
+    after = load_file(out / "last.safetensors")
+    assert before.keys() == after.keys()
+    assert all(before[key].equal(after[key]) for key in before)
+
+
 def test_a_finished_run_is_not_overwritten_and_keeps_its_options(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "last.safetensors").read_bytes()
     assert main(["train", *MADE_UP, "--out", str(run)]) == 2
@@ -58,6 +73,15 @@ def test_a_finished_run_is_not_overwritten_and_keeps_its_options(run: Path, caps
         (["--data", "no/such", "--model", "cnn_gru", "--out", "OUT"], "unknown data 'no/such'"),
         (["--data", "synthetic", "--model", "no_such", "--out", "OUT"], "unknown model 'no_such'"),
         ([*MADE_UP, "--out", "OUT", "--rule", "magic"], "no training rule 'magic'; there are: backprop"),
+        (
+            [*MADE_UP, "--out", "OUT", "--rule", "sideways", "--model", "simple_cnn"],
+            "a clip of 2 frames is too short for the pipeline",
+        ),
+        (
+            [*MADE_UP, "--out", "OUT", "--rule", "exact", "--update", "never"],
+            "update is 'never'; expected 'clip', 'tick'",
+        ),
+        ([*MADE_UP, "--out", "OUT", "--skips", "add"], "need a model that says what its layers are"),
         ([*MADE_UP, "--out", "OUT", "--lr", "0"], "lr is 0.0; give a number above 0"),
         ([*MADE_UP, "--out", "OUT", "--model", "i3d"], "I3D was given 2 frames; it needs 9 or more"),
         (["--resume", "OUT"], "OUT"),

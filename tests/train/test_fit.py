@@ -108,6 +108,13 @@ def test_early_stop(tmp_path: Path) -> None:
     assert result.num_epochs == 3
 
 
+def test_only_an_evaluated_epoch_ends_a_run_early(tmp_path: Path) -> None:
+    """Epochs 2, 4 and 6 are evaluated; the first of them stays the best, and the run has accuracies of its end."""
+    result = tiny_fit(tmp_path / "run", epochs=9, lr=1e-12, patience=3, evaluate_every=2, net=Frozen())
+    assert result.num_epochs == 6
+    assert [r.get("test_accuracy") is not None for r in result.history] == [False, True] * 3
+
+
 class Frozen(Tiny):
     """Answers class 0, whatever it is given."""
 

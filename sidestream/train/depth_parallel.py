@@ -1,0 +1,202 @@
+"""The rules "exact" and "sideways" as training steps: a batch of clips goes through the circuit frame by frame.
+
+B clips are B independent streams: every wire carries a batch, a clip of T frames makes T ticks, and each answer is
+compared with the label of its clip. With ``update="clip"`` the stages gather, and the loop steps their optimisers once
+per batch; otherwise every stage steps its own, while the clip runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from sidestream.circuit.ages import mixes_ages
+from sidestream.circuit.wire import Circuit
+from sidestream.engine import run
+from sidestream.engine.rules.exact import Exact
+from sidestream.engine.rules.place import parameters_of
+from sidestream.engine.rules.sideways import Sideways
+from sidestream.engine.rules.training import StageGradient, TrainingRule
+from sidestream.errors import InputError, StageError
+from sidestream.train.answering import cross_entropy
+from sidestream.train.config import TrainConfig
+from sidestream.train.rules import MakeOptimizer, Metrics, NotFinite, StepContext, Update, check_finite
+from sidestream.train.stages import circuit_of
+
+IGNORED = -100
+"""The label of clips that only fill up a batch; cross entropy leaves it out."""
+
+
+class DepthParallel:
+    """One ``TrainStep`` for both rules.
+
+    Raises ``InputError`` for nets that are not frame by frame, clips shorter than the pipeline, and options that do
+    not go together.
+    """
+
+    def __init__(self, context: StepContext, kind: Literal["exact", "sideways"]) -> None:
+        check_options(context.config, context.model)
+        if context.example_BTCHW is None:
+            raise InputError(f"the rule {kind!r} needs an example: StepContext(..., example_BTCHW=a batch of clips)")
+        self._config, self._kind = context.config, kind
+        self._batch_size, num_frames = context.example_BTCHW.shape[:2]
+        self._circuit, self._takes_any_batch = circuit_of(
+            context.model, context.example_BTCHW[:, 0], context.config.num_stages
+        )
+        check_length(self._circuit, num_frames, kind, context.config)
+        self._groups = [own for own in parameters_of(self._circuit.stages) if own]
+        self._rule: TrainingRule = self._make_rule(None)
+        self._rule.attach(self._circuit)  # refuses what it cannot train
+
+    @property
+    def circuit(self) -> Circuit:
+        return self._circuit
+
+    def make_optimizers(self, make: MakeOptimizer) -> list[Optimizer]:
+        """One per stage that has parameters."""
+        if self._config.update == "clip":
+            return [make(own.values()) for own in self._groups]
+        self._rule = self._make_rule(make)
+        self._rule.attach(self._circuit)
+        return [optimizer for optimizer in self._rule.optimizers if optimizer is not None]
+
+    def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
+        num_clips = len(labels_B)
+        clip_BTCHW, labels_B = self._filled(clip_BTCHW, labels_B)
+        loss_sum, logits_sum, num_answers = 0.0, torch.zeros(()), 0
+        try:
+            pairs = _pairs(clip_BTCHW, labels_B)
+            for answer in run(self._circuit, pairs, rule=self._rule, executor=self._config.executor):
+                loss_sum, num_answers = loss_sum + (answer.loss or 0.0), num_answers + 1
+                logits_sum = logits_sum + answer.value.detach()
+        except StageError as error:
+            if isinstance(error.__cause__, NotFinite):
+                raise NotFinite(str(error.__cause__)) from error
+            raise
+        if self._config.update == "clip":
+            self._hand_over()
+            update(range(len(self._groups)))
+        else:
+            _check_weights(self._groups)
+        correct_B = logits_sum[:num_clips].argmax(-1) == labels_B[:num_clips]
+        return {"loss": torch.tensor(loss_sum / num_answers), "accuracy": correct_B.float().mean()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside optimisers and weights: gradients gathered since the stages' last steps."""
+        if self._config.update == "clip":
+            return {}
+        stages = self._rule.state_dict()["stages"]
+        return {"stages": [{k: v for k, v in stage.items() if k != "optimizer"} for stage in stages]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """After ``make_optimizers``."""
+        if not state:
+            return
+        own = self._rule.state_dict()
+        stages = [{**a, **b} for a, b in zip(own["stages"], state["stages"], strict=True)]
+        self._rule.load_state_dict({**own, "stages": stages})
+
+    def _make_rule(self, make: MakeOptimizer | None) -> TrainingRule:
+        config = self._config
+        options: dict[str, Any] = {
+            "optimizers": None if make is None else lambda parameters: make(parameters),
+            "update": "manual" if config.update == "clip" else config.update,
+            "max_norm": None if config.update == "clip" else config.clip_norm,
+            "target": config.target,
+            "observe": _check_gradient,
+        }
+        loss = functools.partial(_loss, label_smoothing=config.label_smoothing)
+        if self._kind == "exact":
+            return Exact(loss, keep=config.keep, **options)
+        return Sideways(loss, loss_delay=config.loss_delay, **options)
+
+    def _hand_over(self) -> None:
+        """Add the clip's mean gradients to ``.grad``."""
+        for number, stage in enumerate(parameters_of(self._circuit.stages), start=1):
+            found = self._rule.gradients(number)
+            for name, gradient in found.items():
+                p = stage[name]
+                share = gradient / self._config.accumulate if self._config.accumulate > 1 else gradient
+                p.grad = share if p.grad is None else p.grad + share
+        self._rule.zero_gradients()
+
+    def _filled(self, clip_BTCHW: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:
+        """For stages that take one size of batch, a short one is filled up with its own clips, without labels."""
+        missing = self._batch_size - len(labels_B)
+        if self._takes_any_batch or missing <= 0:
+            return clip_BTCHW, labels_B
+        again = torch.arange(missing, device=labels_B.device) % len(labels_B)
+        filling = torch.full_like(labels_B[again], IGNORED)
+        return torch.cat([clip_BTCHW, clip_BTCHW[again]]), torch.cat([labels_B, filling])
+
+
+def check_options(config: TrainConfig, model: nn.Module) -> None:
+    """Raises ``InputError`` for options that do not go with depth-parallel rules, or with each other."""
+    if config.precision != "no":
+        raise InputError(f"precision={config.precision!r} with the rule {config.rule!r}; it trains in float32: 'no'")
+    if config.accumulate > 1 and config.update != "clip":
+        raise InputError(f"accumulate={config.accumulate} with update={config.update!r}; it goes with update='clip'")
+    if config.rule != "sideways" and config.loss_delay:
+        raise InputError(f"loss_delay={config.loss_delay} with the rule {config.rule!r}; only 'sideways' knows it")
+    if config.rule == "exact" and config.keep == "graph" and config.update != "clip":
+        raise InputError(
+            f"update={config.update!r} changes weights that a kept graph still needs; use update='clip', or "
+            "keep='inputs' or 'inputs and weights'"
+        )
+    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+    if config.executor == "threads" and drops:
+        raise InputError(
+            "the net has dropout, whose random numbers would depend on which thread is first, so that the run could "
+            "not be resumed exactly; use executor='inline', or dropout 0"
+        )
+
+
+def check_length(circuit: Circuit, num_frames: int, kind: str, config: TrainConfig) -> None:
+    """Raises ``InputError`` for clips in which not every stage gets a gradient (exact: that never fill the pipeline).
+
+    In a row under Sideways, stage 1 has one from tick 2 (K - 1) on. A circuit whose skips mix ages is fed the last
+    frame until all are answered, so K frames are enough.
+    """
+    K = circuit.num_stages
+    delay = config.loss_delay if kind == "sideways" else 0
+    least = K + delay if kind == "exact" or mixes_ages(circuit) else 2 * (K - 1) + 1 + delay
+    if num_frames < least:
+        raise InputError(
+            f"a clip of {num_frames} frames is too short for the pipeline: under {kind!r}, {K} stages need {least} or "
+            "more; give longer clips (num_frames), or fewer stages"
+        )
+
+
+def _pairs(clip_BTCHW: Tensor, labels_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((frame_BCHW, labels_B) for frame_BCHW in clip_BTCHW.unbind(1))
+
+
+def _loss(logits_BN: Tensor, labels_B: Tensor, *, label_smoothing: float) -> Tensor:
+    if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2:
+        raise InputError(f"the net answers {getattr(logits_BN, 'shape', type(logits_BN))}, not class logits (B, N)")
+    num_classes = logits_BN.shape[1]
+    wrong = labels_B[(labels_B != IGNORED) & ((labels_B < 0) | (labels_B >= num_classes))]
+    if len(wrong):
+        raise InputError(f"label {int(wrong[0])} is out of range: the net answers classes 0 to {num_classes - 1}")
+    loss = cross_entropy(logits_BN.unsqueeze(1), labels_B, label_smoothing)
+    check_finite(loss)
+    return loss
+
+
+def _check_gradient(seen: StageGradient) -> None:
+    """Before anything is updated with it."""
+    norm = torch.nn.utils.get_total_norm(list(seen.gradients.values()))
+    if not torch.isfinite(norm):
+        raise NotFinite(f"the length of the gradient of stage {seen.stage} in tick {seen.tick} is {float(norm)}")
+
+
+def _check_weights(groups: list[dict[str, nn.Parameter]]) -> None:
+    for own in groups:
+        for name, p in own.items():
+            if not torch.isfinite(p).all():
+                raise NotFinite(f"the weights {name!r} are no longer finite")
