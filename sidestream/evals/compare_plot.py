@@ -66,7 +66,12 @@ def _bars(axis: Any, found: Sequence[Figures], values: Sequence[Sequence[float]]
             axis.barh(row, middle, color=COLOURS[f.family])
             axis.plot([min(some), max(some)], [row, row], color="black", linewidth=1)
             axis.annotate(
-                f" {middle:.3g}", (max(some), row), xytext=(2, 0), textcoords="offset points", va="center", fontsize=7
+                f" {_short(middle)}",
+                (max(some), row),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
             )
     axis.set_yticks(range(len(found)), [f.model for f in found], fontsize=8)
     axis.set_ylim(len(found) - 0.4, -0.6)
@@ -94,3 +99,8 @@ def _training(axis: Any, found: Sequence[Figures]) -> None:
     axis.set_xlabel("frames of a clip")
     axis.set_ylabel("training step, peak MiB beyond the parameters", fontsize=8)
     axis.grid(alpha=0.3)
+
+
+def _short(value: float) -> str:
+    """Three digits, and no powers of ten."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
