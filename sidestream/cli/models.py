@@ -41,7 +41,10 @@ def detail(name: str) -> dict[str, Any]:
 
     from sidestream.models import create_model, model_info
 
-    with torch.device("meta"):
+    try:
+        with torch.device("meta"):
+            model = create_model(name)
+    except (NotImplementedError, RuntimeError):  # some read numbers while they are made
         model = create_model(name)
     info = model_info(name)
     spec = info.input_spec

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
             f"the weights in {origin} do not fit {type(target).__name__}: {'; '.join(problems)}. "
             "Give the file that belongs to this model (see 'sidestream models'), and its num_classes if it has its own"
         )
-    target.load_state_dict(given, strict=True)
+    fitting = OrderedDict(given)
+    fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]  # versions, which files do not hold
+    target.load_state_dict(fitting, strict=True)
 
 
 def misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:
