@@ -32,7 +32,12 @@ def train(
     keep: Literal["graph", "inputs", "inputs and weights"] = "graph",
     executor: Literal["inline", "threads"] = "inline",
     num_stages: int | None = None,
-    task: Literal["clip", "frame"] = "clip",
+    feedback: Literal["own", "random", "direct"] = "own",
+    state_ticks: int = 0,
+    bptt_frames: int | None = None,
+    task: Literal["clip", "frame", "autoencode", "future", "keypoints"] = "clip",
+    horizon: int = 1,
+    diagnose: int = 0,
     optimizer: str = "sgd",
     weight_decay: float = 1e-4,
     warmup_epochs: float = 1.0,
@@ -81,7 +86,14 @@ def train(
         keep: exact: graph, inputs (goes forward again), or inputs and weights.
         executor: exact, sideways: inline or threads.
         num_stages: exact, sideways: cut into so many stages (default: one per layer where the model says which).
-        task: clip (the loss of the clip's logits) or frame (of every frame's; always so with exact and sideways).
+        feedback: gradients go back over the layers' own weights, over fixed random ones (feedback alignment), or
+            over fixed random ones straight from the loss to every stage (direct).
+        state_ticks: exact, sideways: over how many ticks a gradient crosses the state of a stage.
+        bptt_frames: backprop: truncated, with an update every so many frames (default: the whole clip).
+        task: clip (the loss of the clip's logits) or frame (of every frame's; always so with exact and sideways);
+            autoencode, future (draw the frame, or one to come); keypoints (heat maps).
+        horizon: future: how many frames ahead.
+        diagnose: compare the gradients with the true ones in every so many batches (default: never).
         optimizer: any of torch.optim by name.
         weight_decay: of weights, not of biases and norms.
         warmup_epochs: epochs in which the learning rate rises.

@@ -10,7 +10,8 @@ from typing import Any
 from sidestream.errors import InputError
 
 CHOICES: dict[str, tuple[int | str, ...]] = {
-    "task": ("clip", "frame"),
+    "task": ("clip", "frame", "autoencode", "future", "keypoints"),
+    "feedback": ("own", "random", "direct"),
     "schedule": ("cosine", "constant"),
     "precision": ("no", "bf16", "fp16"),
     "device": ("auto", "cpu"),
@@ -77,6 +78,18 @@ class TrainConfig:
     """Exact: what a stage keeps until the gradient is back."""
     executor: str = "inline"
     """"inline" or "threads": who fires the stages. The same numbers, to the bit."""
+    feedback: str = "own"
+    """By which weights gradients go back: the layers' "own"; fixed "random" ones (feedback alignment); or straight
+    from the loss to every stage, over fixed random ones ("direct" feedback alignment)."""
+    state_ticks: int = 0
+    """Exact, sideways: over how many ticks a gradient crosses the state of a stage."""
+    bptt_frames: int | None = None
+    """Backprop: of a model that streams, the gradient goes back over so many frames at most, and every so many frames
+    there is an update (truncated BPTT); None: over the whole clip."""
+    horizon: int = 1
+    """Task "future": how many frames after the newest one that it has seen lies the one that the net is to draw."""
+    diagnose: int = 0
+    """Compare the rule's gradients with the true ones in every so many batches (``train.diagnose``); 0: never."""
     num_stages: int | None = None
     """Stages of equal cost that the net is cut into; None: one per layer where the net says which (VGG-8), else 4."""
 
@@ -89,10 +102,19 @@ class TrainConfig:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, choices))}")
-        for name in ("epochs", "batch_size", "accumulate", "evaluate_every"):
+        for name in ("epochs", "batch_size", "accumulate", "evaluate_every", "horizon"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; give 1 or more")
-        for name in ("weight_decay", "momentum", "warmup_epochs", "seed", "num_workers", "checkpoint_minutes"):
+        for name in (
+            "weight_decay",
+            "momentum",
+            "warmup_epochs",
+            "seed",
+            "num_workers",
+            "checkpoint_minutes",
+            "state_ticks",
+            "diagnose",
+        ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
@@ -105,6 +127,8 @@ class TrainConfig:
             raise InputError(f"patience is {self.patience}; give 1 or more, or None")
         if not (self.update in ("clip", "tick") or (type(self.update) is int and self.update >= 1)):
             raise InputError(f"update is {self.update!r}; expected 'clip', 'tick' or a number of ticks from 1 on")
+        if self.bptt_frames is not None and self.bptt_frames < 1:
+            raise InputError(f"bptt_frames is {self.bptt_frames}; give 1 or more, or None for the whole clip")
         if self.num_stages is not None and self.num_stages < 2:
             raise InputError(f"num_stages is {self.num_stages}; give 2 or more: a single stage has no depth to share")
 
