@@ -7,6 +7,9 @@ five, with one width and one size of map throughout, so that skips can be added 
 
     vgg8         conv 64, 128, 256, 512, 512, each / 2      mean over the map      linear 512, 512, classes
     simple_cnn   conv 5 x 5 / 4 and three convs of 64       mean over the map      linear classes
+
+Names that end in ``_tsm_online`` have the uni-directional temporal shift (Lin, Gan and Han, ICCV 2019) before every
+convolution but the first, so their layers see earlier frames: what Skip-Sideways is compared with.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from sidestream.models.clip_layout import as_stream_of, check_clip
 from sidestream.models.info import ModelInfo
 from sidestream.models.weights import KeyMap
 from sidestream.nn.combine import Chain, PerFrame
+from sidestream.nn.shift import OnlineShift
 from sidestream.types import InputSpec
 
 NUM_CLASSES = 101
@@ -29,7 +33,7 @@ MIN_SIZE_PX = 32
 VGG8_WIDTHS = (64, 128, 256, 512, 512)
 HIDDEN = 512
 SIMPLE_WIDTH = 64
-NAMES: dict[str, tuple[float, bool]] = {
+PLAIN: dict[str, tuple[float, bool]] = {
     "vgg8": (1.0, False),
     "vgg8_bn": (1.0, True),
     "vgg8_quarter": (0.25, False),
@@ -38,10 +42,12 @@ NAMES: dict[str, tuple[float, bool]] = {
     "simple_cnn_bn": (1.0, True),
 }
 """Name -> width factor, whether it has batch norms."""
+SHIFTED = "_tsm_online"
+WITH_SHIFT = ("vgg8", "vgg8_quarter", "simple_cnn")
 
 
 def names() -> list[str]:
-    return list(NAMES)
+    return [*PLAIN, *(name + SHIFTED for name in WITH_SHIFT)]
 
 
 def info(name: str) -> ModelInfo:
@@ -51,8 +57,9 @@ def info(name: str) -> ModelInfo:
 
 def build(name: str, num_classes: int | None) -> nn.Module:
     make = simple_cnn if name.startswith("simple") else vgg8
-    width, batch_norm = NAMES[name]
-    return make(num_classes or NUM_CLASSES, width=width, batch_norm=batch_norm)
+    width, batch_norm = PLAIN[name.removesuffix(SHIFTED)]
+    net = make(num_classes or NUM_CLASSES, width=width, batch_norm=batch_norm)
+    return ShiftedNet(net) if name.endswith(SHIFTED) else net
 
 
 def build_default(name: str) -> nn.Module:
@@ -93,45 +100,41 @@ def simple_cnn(num_classes: int = NUM_CLASSES, *, width: float = 1.0, batch_norm
     return LayeredNet(layers, num_trunk=4, num_features=wide, stride_px=4)
 
 
-class LayeredNet(nn.Module):
+class StackedNet(nn.Module):
     """Layers in a row, on each frame: ``clip_BTCHW`` -> logits (B, num_classes), the mean over the frames.
 
     Any number of frames from one on, any size from 32 px on. The first ``num_trunk`` layers make the maps that
     ``features`` gives. Raises ``LayoutError`` for other axes and smaller frames.
     """
 
-    def __init__(
-        self, layers: OrderedDict[str, nn.Module], *, num_trunk: int, num_features: int, stride_px: int
-    ) -> None:
+    def __init__(self, net: nn.Sequential, *, num_trunk: int, num_features: int, stride_px: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(layers)
+        self.net = net
         self.num_trunk, self.num_features, self.stride_px = num_trunk, num_features, stride_px
-        last = next(reversed(layers))
-        self.classifier = f"net.{last}.{len(layers[last]) - 1}"  # type: ignore[arg-type]
-        _initialise(self)
+        last = list(net._modules)[-1]
+        self.classifier = f"net.{last}.{len(net[-1]) - 1}"  # type: ignore[arg-type]
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         return self.answers(clip_BTCHW).mean(1)
 
     def answers(self, clip_BTCHW: Tensor) -> Tensor:
         """Logits of every frame (B, T, num_classes): the clip form of ``streaming``."""
-        return PerFrame(self.net)(self._checked(clip_BTCHW))
+        return self._chain(len(self.net))(self._checked(clip_BTCHW))
 
     def streaming(self) -> Chain:
         """The model on a stream, its parameters shared: logits (B, num_classes) of every frame, at once."""
-        return as_stream_of(self, Chain(PerFrame(self.net)))
+        return as_stream_of(self, self._chain(len(self.net)))
 
     def features(self, clip_BTCHW: Tensor) -> Tensor:
         """Maps of every frame before they are pooled, (B, T, num_features, H', W')."""
-        return PerFrame(self.net[: self.num_trunk])(self._checked(clip_BTCHW))
+        return self._chain(self.num_trunk)(self._checked(clip_BTCHW))
 
     def streaming_features(self) -> Chain:
         """``features`` on a stream: maps (B, num_features, H', W') of every frame, at once."""
-        return as_stream_of(self, Chain(PerFrame(self.net[: self.num_trunk])))
+        return as_stream_of(self, self._chain(self.num_trunk))
 
-    def depth_modules(self) -> list[nn.Module]:
-        """One module per layer, which in a row are the net on a frame: the stages of depth-parallel training."""
-        return list(self.net)
+    def _chain(self, num_layers: int) -> Chain:
+        return Chain(PerFrame(self.net[:num_layers]))
 
     def _checked(self, clip_BTCHW: Tensor) -> Tensor:
         check_clip("the net", clip_BTCHW)
@@ -139,6 +142,35 @@ class LayeredNet(nn.Module):
             height, width = clip_BTCHW.shape[-2:]
             raise LayoutError(f"the net was given frames of {height} x {width} px; it needs {MIN_SIZE_PX} px or more")
         return clip_BTCHW
+
+
+class LayeredNet(StackedNet):
+    """A net whose layers work on single frames, each of them a stage."""
+
+    def __init__(
+        self, layers: OrderedDict[str, nn.Module], *, num_trunk: int, num_features: int, stride_px: int
+    ) -> None:
+        super().__init__(nn.Sequential(layers), num_trunk=num_trunk, num_features=num_features, stride_px=stride_px)
+        _initialise(self)
+
+    def depth_modules(self) -> list[nn.Module]:
+        """One module per layer, which in a row are the net on a frame: the stages of depth-parallel training."""
+        return list(self.net)
+
+
+class ShiftedNet(StackedNet):
+    """The layers of ``net`` with ``OnlineShift`` before each layer of the trunk but the first."""
+
+    def __init__(self, net: LayeredNet, *, share: float = 0.125) -> None:
+        super().__init__(net.net, num_trunk=net.num_trunk, num_features=net.num_features, stride_px=net.stride_px)
+        self.share = share
+
+    def _chain(self, num_layers: int) -> Chain:
+        shifted = [
+            each for layer in self.net[1 : self.num_trunk] for each in (OnlineShift(self.share), PerFrame(layer))
+        ]
+        head = [PerFrame(layer) for layer in self.net[self.num_trunk : num_layers]]
+        return Chain(PerFrame(self.net[0]), *shifted, *head)
 
 
 def _conv(

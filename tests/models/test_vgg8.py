@@ -13,7 +13,7 @@ from contract import check_streaming_layer
 from sidestream.circuit.build_stages import stages_of
 from sidestream.errors import LayoutError, ModelError, WeightsError
 from sidestream.models import create_model, model_info
-from sidestream.models.vgg8 import names, simple_cnn, vgg8
+from sidestream.models.vgg8 import ShiftedNet, names, simple_cnn, vgg8
 
 
 def random_clip(num_frames: int = 2, size_px: int = 32, num_clips: int = 2) -> Tensor:
@@ -52,6 +52,34 @@ def test_simple_cnn_is_its_layers() -> None:
         x = F.conv2d(x, *parts, stride=stride, padding=padding).clamp(min=0)
     x = x.mean((2, 3)) @ weights["net.fc5.2.weight"].T + weights["net.fc5.2.bias"]
     torch.testing.assert_close(net.answers(clip_BTCHW).flatten(0, 1), x)
+
+
+@torch.no_grad()
+def test_shifted_net_is_its_layers_with_shifts() -> None:
+    """Before each convolution but the first, an eighth of the channels is the frame before's."""
+    torch.manual_seed(0)
+    net = ShiftedNet(vgg8(6, width=0.25)).double()
+    clip_BTCHW = random_clip(4, 64).double()
+    rows_BTN = []
+    held: dict[int, Tensor] = {}
+    for t in range(4):
+        x = clip_BTCHW[:, t]
+        for n, layer in enumerate(net.net):
+            if 0 < n < 5:
+                num_shifted = x.shape[1] // 8
+                kept = x[:, :num_shifted].clone()
+                x = torch.cat([held.get(n, torch.zeros_like(kept)), x[:, num_shifted:]], 1)
+                held[n] = kept
+            x = layer(x)
+        rows_BTN.append(x)
+    torch.testing.assert_close(net.answers(clip_BTCHW), torch.stack(rows_BTN, 1))
+    assert not hasattr(net, "depth_modules")
+
+
+def test_shifted_net_streams() -> None:
+    torch.manual_seed(0)
+    net = ShiftedNet(simple_cnn(4, width=0.25)).double()
+    check_streaming_layer(net.streaming(), random_clip(5, 32).double())
 
 
 @pytest.mark.parametrize(("name", "num_stages"), [("vgg8", 8), ("vgg8_quarter_bn", 8), ("simple_cnn_bn", 5)])
