@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sidestream.circuit.forecast import forecast
     from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, with_feedback, with_periods
     from sidestream.engine.backends import available_backends, compile_stages
+    from sidestream.engine.rules.direct import DirectFeedback
     from sidestream.engine.rules.exact import Exact
     from sidestream.engine.rules.forward import Forward
     from sidestream.engine.rules.sideways import Sideways
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from sidestream.errors import InputError, SidestreamError
     from sidestream.models import create_model, input_spec_of, list_models
     from sidestream.models.pretrained import from_pretrained, push_to_hub, save_pretrained
+    from sidestream.nn.feedback_alignment import with_random_feedback
     from sidestream.types import Clip, Frame, InputSpec, Output
     from sidestream.video import overlay, prepare, read, stream, write
 
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Clip": "types",
+    "DirectFeedback": "engine.rules.direct",
     "Exact": "engine.rules.exact",
     "Forward": "engine.rules.forward",
     "Frame": "types",
@@ -62,11 +65,13 @@ _HOME = {
     "tune": "engine.tune",
     "with_feedback": "circuit.wiring",
     "with_periods": "circuit.wiring",
+    "with_random_feedback": "nn.feedback_alignment",
     "write": "video",
 }
 
 __all__ = [
     "Clip",
+    "DirectFeedback",
     "Exact",
     "Forward",
     "Frame",
@@ -99,6 +104,7 @@ __all__ = [
     "tune",
     "with_feedback",
     "with_periods",
+    "with_random_feedback",
     "write",
 ]
 

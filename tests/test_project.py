@@ -21,6 +21,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 PUBLIC = [
     "Clip",
+    "DirectFeedback",
     "Exact",
     "Forward",
     "Frame",
@@ -53,6 +54,7 @@ PUBLIC = [
     "tune",
     "with_feedback",
     "with_periods",
+    "with_random_feedback",
     "write",
 ]
 """Every public name, sorted. A new one is added here on purpose."""

@@ -8,8 +8,8 @@ to fire cells from many threads as soon as they are ready; nothing waits for a t
 
     frames -> feed() ->  ||lines||  -> fire(1) -> ||lines|| -> fire(2) ... -> ||lines|| -> collect() -> answers
 
-Under a training rule a line of one token runs back against every wire between stages, for cotangents: more lines of
-the same network, with the same consequence.
+Under a training rule lines of one token run back, for cotangents: against every wire between stages, or as the rule
+says. They are more lines of the same network, with the same consequence.
 """
 
 from __future__ import annotations
@@ -81,14 +81,30 @@ class Cell:
         return not self.has_ended and all(self.inbox)
 
 
+class LineBack(NamedTuple):
+    """A line of one tick that brings stage ``target`` what stage ``source`` sends back for its input ``input``."""
+
+    source: int
+    input: int
+    target: int
+
+
+def against_wires(circuit: Circuit) -> list[LineBack]:
+    """One line back against every wire between stages; each stage gets its own in the order of ``wires_from``."""
+    numbers = range(1, circuit.num_stages + 1)
+    return [LineBack(w.target, w.input, number) for number in numbers for w in circuit.wires_from(number)]
+
+
 class Rule(Protocol):
     """What one cell does in one tick: messages in (one per input), messages out (one per output).
 
-    Where ``goes_back``, a line for cotangents runs against every wire between stages, one tick long. The messages in
-    then end with one per wire that leaves the cell (``Circuit.wires_from``), those out with one per input.
+    Where ``goes_back``, the messages in then end with one per line back that leads to the cell, in the order of
+    ``lines_back``, those out with one per input.
     """
 
     goes_back: bool
+
+    def lines_back(self, circuit: Circuit) -> Sequence[LineBack]: ...
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]: ...
 
@@ -133,14 +149,13 @@ class Machine:
         self.cells = [self._cell(n, inboxes[n], outboxes[n]) for n in range(1, K + 1)]
 
     def _add_lines_back(self, inboxes: list[list[Line]], outboxes: list[list[list[Line]]]) -> None:
-        stages = list(enumerate(self.circuit.stages, start=1))
-        for number, stage in stages:
+        stages = self.circuit.stages
+        for number, stage in enumerate(stages, start=1):
             outboxes[number] += [[] for _ in range(stage.num_inputs)]
-        for number, _ in stages:
-            for wire in self.circuit.wires_from(number):
-                line: Line = deque([SILENCE])
-                inboxes[number].append(line)
-                outboxes[wire.target][self.circuit.stages[wire.target - 1].num_outputs + wire.input].append(line)
+        for back in self.rule.lines_back(self.circuit):
+            line: Line = deque([SILENCE])
+            inboxes[back.target].append(line)
+            outboxes[back.source][stages[back.source - 1].num_outputs + back.input].append(line)
 
     def _cell(self, number: int, inbox: list[Line], outbox: list[list[Line]]) -> Cell:
         stage = self.circuit.stages[number - 1]

@@ -23,6 +23,8 @@ class _Convolution(Windowed):
                 f"padding={conv.padding!r} with padding_mode={conv.padding_mode!r} has no streaming form here; "
                 "give the padding as zeros, in numbers"
             )
+        if hasattr(conv, "feedback_weight"):
+            raise ModelError("a convolution with random feedback has no sliding form; it would go back over its own")
         super().__init__(window)
         self.weight, self.bias = conv.weight, conv.bias
         self.stride, self.dilation, self.groups = conv.stride, conv.dilation, conv.groups

@@ -241,8 +241,8 @@ def _readers(machine: Machine) -> list[tuple[int, ...]]:
     for wire in circuit.wires:
         if wire.target != circuit.sink:
             readers[wire.source].add(wire.target)
-            if machine.rule.goes_back and wire.source != SOURCE:
-                readers[wire.target].add(wire.source)
+    for back in machine.rule.lines_back(circuit):
+        readers[back.source].add(back.target)
     inputless = {n for n in range(1, circuit.num_stages + 1) if not circuit.wires_into(n)}
     readers[SOURCE] |= inputless
     return [tuple(sorted(r)) for r in readers]

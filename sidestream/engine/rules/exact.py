@@ -16,33 +16,42 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from sidestream.circuit.ages import latency_ticks
-from sidestream.circuit.stage import Stage, State
+from sidestream.circuit.stage import State
 from sidestream.circuit.wire import Circuit
 from sidestream.engine.rules.loss_stage import Loss
-from sidestream.engine.rules.place import Place
-from sidestream.engine.rules.stage_backward import NO_GRADIENT, Work, summed, swallowed
+from sidestream.engine.rules.place import Place, check_repeatable
+from sidestream.engine.rules.stage_backward import NO_GRADIENT, Frames, Work, frames_of, summed, swallowed
 from sidestream.engine.rules.trainer import OptimizerFactory, StageTrainer, Update
-from sidestream.engine.rules.training import Frames, Observer, TrainingRule, frames_of
+from sidestream.engine.rules.training import Observer, TrainingRule
 from sidestream.engine.tick import SILENCE, Cell, Message
-from sidestream.errors import CircuitError, InputError
+from sidestream.errors import InputError
 
 KEEP = ("graph", "inputs", "inputs and weights")
 
 
 @dataclass(slots=True)
 class _Kept:
-    """A tick that waits for its replies. ``done`` or ``given``: by what is kept; neither where nothing was written."""
+    """A tick that waits for its replies. ``done`` or ``given``: by what is kept; neither if the stage did nothing."""
 
     tick: int
     done: Work | None = None
-    given: Sequence[Message] = ()
+    given: Sequence[Message] | None = None
     state: State = None
     weights: tuple[torch.Tensor, ...] = ()
+    is_silent: bool = False
+    """Whether the stage wrote nothing in it."""
+    sent: Sequence[Message] | None = None
+    """The replies to its inputs, as far as they have been gathered."""
+
+    def add(self, cotangents: Sequence[Any], frames: Frames) -> None:
+        """Sum up what goes back to this tick's inputs."""
+        sent = self.sent or [Message(NO_GRADIENT)] * len(cotangents)
+        self.sent = [_added(message, value, frames) for message, value in zip(sent, cotangents, strict=True)]
 
 
 class _Memory:
@@ -50,6 +59,8 @@ class _Memory:
 
     def __init__(self, num_readers: int) -> None:
         self.ticks: deque[_Kept] = deque()
+        self.past: deque[_Kept] = deque()
+        """Ticks with all replies to them, whose inputs later ones still read through the state."""
         self.replies: list[deque[Message]] = [deque() for _ in range(num_readers)]
         self.weights: tuple[int, tuple[torch.Tensor, ...]] = (-1, ())
         """Number of updates and copy of the weights, as last kept."""
@@ -79,8 +90,14 @@ class Exact(TrainingRule):
 
     Over a clip ("clip", "manual") gradients are divided by the number of losses: the gradient of the mean loss.
 
-    The stream is followed by ticks without a frame until all gradients have come back. No gradient crosses the state
-    of a stage.
+    The stream is followed by ticks without a frame until all gradients have come back.
+
+    ``state_ticks``: over how many ticks a gradient crosses the state of a stage. With n, the gradients are autograd's
+    of the circuit in which what a stage writes in tick s is a function of its inputs of ticks s - n to s, and of its
+    state before them as a constant: with 0 nothing crosses, and from the length of the clip on this is
+    back-propagation through time. A stage with a state replies n ticks later, when all that its input has reached is
+    known, and goes forward again n + 1 times and back through them for every tick: with the weights as they are, or
+    under "inputs and weights" as they were in tick s. It may have no dropout.
     """
 
     def __init__(
@@ -93,6 +110,7 @@ class Exact(TrainingRule):
         keep: str = "graph",
         target: str = "answered",
         observe: Observer | None = None,
+        state_ticks: int = 0,
     ) -> None:
         super().__init__(
             loss,
@@ -102,6 +120,7 @@ class Exact(TrainingRule):
             target=target,
             loss_delay=0,
             observe=observe,
+            state_ticks=state_ticks,
         )
         if keep not in KEEP:
             raise InputError(f"{keep = }; expected one of {', '.join(map(repr, KEEP))}")
@@ -113,12 +132,14 @@ class Exact(TrainingRule):
         self.keep = keep
 
     def _check(self, circuit: Circuit) -> None:
+        super()._check(circuit)
         if self.keep != "graph":
             for number, stage in enumerate(circuit.stages, start=1):
-                _check_repeatable(number, stage)
+                check_repeatable(number, stage, "use keep='graph', or put those layers into eval mode")
 
     def num_silent_ticks(self, circuit: Circuit) -> int:
-        return latency_ticks(circuit) + circuit.num_stages
+        waits = sum(self._window_ticks(stage) for stage in circuit.stages)
+        return latency_ticks(circuit) + circuit.num_stages + waits
 
     def _num_averaged(self, trainer: StageTrainer) -> int:
         """The losses: where ages mix, a stage may have gradients in more ticks than there are losses."""
@@ -135,44 +156,53 @@ class Exact(TrainingRule):
         return [*outputs, *self._go_back(cell, place)]
 
     def _go_forward(self, cell: Cell, given: Sequence[Message], place: Place) -> tuple[_Kept, Sequence[Message]]:
-        nothing = _Kept(cell.tick), (SILENCE,) * cell.stage.num_outputs
+        nothing = (SILENCE,) * cell.stage.num_outputs
         if swallowed([m.value for m in given]):
-            return nothing
-        keeps_graph = self.keep == "graph" or not place.read_by
+            return _Kept(cell.tick, is_silent=True), nothing
+        looks_back = self._window_ticks(cell.stage) > 0
+        keeps_graph = not looks_back and (self.keep == "graph" or not place.read_by)
         state = cell.state
         done, cell.state = self._forward(cell, given, state, records=keeps_graph)
-        if swallowed(done.outputs):
-            return nothing
+        is_silent = swallowed(done.outputs)
+        if is_silent and not looks_back:
+            return _Kept(cell.tick, is_silent=True), nothing
         if keeps_graph:
             return _Kept(cell.tick, done), done.messages()
-        return _Kept(cell.tick, None, given, state, self._weights(cell)), done.messages()
+        kept = _Kept(cell.tick, None, given, state, self._weights(cell), is_silent)
+        return kept, nothing if is_silent else done.messages()
 
     def _go_back(self, cell: Cell, place: Place) -> Sequence[Message]:
-        complete = cell.memory.complete()
+        """The product at the oldest tick with all its replies; the replies to the inputs that nothing more reaches."""
+        complete, past = cell.memory.complete(), cell.memory.past
         if complete is None:
             return (SILENCE,) * len(place.reads)
         kept, replies = complete
-        sent: Sequence[Message] = [Message(NO_GRADIENT)] * len(place.reads)
-        if place.takes_loss:
-            if kept.done is not None:
-                self._num_losses += 1
-                seed = {len(kept.done.outputs) - 1: torch.ones_like(kept.done.outputs[-1])}
-                sent = self._backward(cell, kept.done, seed, (kept.done.oldest, kept.done.newest))
-        elif (kept.done or kept.given) and (totals := summed(place.outputs_read, replies)):
-            frames = frames_of(replies)
-            if kept.done is not None:
-                sent = self._backward(cell, kept.done, totals, frames)
-            else:
-                sent = self._replay(cell, kept, totals, frames)
-        return [SILENCE if kept.tick < w.delay else m for w, m in zip(place.reads, sent, strict=True)]
+        past.append(kept)
+        if not kept.is_silent:
+            self._take_product(cell, place, kept, replies)
+        if len(past) <= self._window_ticks(cell.stage):
+            return (SILENCE,) * len(place.reads)
+        final = past.popleft()
+        sent = final.sent or [Message(NO_GRADIENT)] * len(place.reads)
+        return [SILENCE if final.tick < w.delay else m for w, m in zip(place.reads, sent, strict=True)]
 
-    def _replay(self, cell: Cell, kept: _Kept, totals: dict[int, torch.Tensor], frames: Frames) -> list[Message]:
-        """Forward again from a kept input, and the product there."""
+    def _take_product(self, cell: Cell, place: Place, kept: _Kept, replies: Sequence[Message]) -> None:
+        if place.takes_loss:
+            self._num_losses += 1
+        elif not (totals := summed(place.outputs_read, replies)):
+            return
+        window = [kept] if kept.done else [each for each in cell.memory.past if each.given is not None]
         with _Lent(self._trainer(cell), kept.weights):
-            done, _ = self._forward(cell, kept.given, kept.state, records=True)
+            steps = [each.given for each in window if each.given is not None]
+            done = kept.done or self._again(cell, steps, window[0].state, newest_only=False)
+            frames = (done.oldest, done.newest) if place.takes_loss else frames_of(replies)
+            if place.takes_loss:
+                totals = {len(done.outputs) - 1: torch.ones_like(done.outputs[-1])}
             gradients, sent = self._product(cell, done, totals)
         self._gather(cell, done, gradients, frames)
-        return [Message(value, *frames) for value in sent]
+        num_inputs = len(place.reads)
+        for n, each in enumerate(window):
+            each.add(sent[n * num_inputs : (n + 1) * num_inputs], frames)
 
     def _weights(self, cell: Cell) -> tuple[torch.Tensor, ...]:
         """The weights as they are; the same copy until the next update."""
@@ -183,6 +213,15 @@ class Exact(TrainingRule):
             copies = tuple(p.detach().clone() for p in trainer.parameters.values())
             cell.memory.weights = (trainer.num_updates, copies)
         return cell.memory.weights[1]
+
+
+def _added(message: Message, value: Any, frames: Frames) -> Message:
+    """``message`` and one more cotangent; each with the frames that it is about."""
+    if value is NO_GRADIENT:
+        return message
+    if message.value is NO_GRADIENT:
+        return Message(value, *frames)
+    return Message(message.value + value, *frames_of([message, Message(None, *frames)]))
 
 
 class _Lent:
@@ -200,23 +239,3 @@ class _Lent:
     def __exit__(self, *exc: object) -> None:
         for parameter, data in zip(self.parameters, self.current):
             parameter.data = data
-
-
-def _check_repeatable(number: int, stage: Stage) -> None:
-    """CircuitError where a second forward would not repeat the first."""
-    modules = list(stage.module.modules()) if stage.module is not None else []
-    norms = [m for m in modules if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)
-    drops = drops or any(isinstance(m, torch.fx.GraphModule) and _has_dropout(m) for m in modules)
-    if stage.hides_state or norms or drops:
-        what = "draws random numbers (dropout)" if drops else "updates statistics (batch norm in train mode)"
-        raise CircuitError(
-            f"stage {number} ({stage.name}) {what}, so going forward a second time would not repeat the first; "
-            "use keep='graph', or put those layers into eval mode"
-        )
-
-
-def _has_dropout(graph_module: torch.fx.GraphModule) -> bool:
-    """Dropout that was traced in train mode: ``aten.dropout(x, p, True)``."""
-    nodes = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
-    return any(bool(node.args[2]) and node.args[1] > 0 for node in nodes)

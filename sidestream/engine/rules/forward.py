@@ -9,7 +9,8 @@ from contextlib import contextmanager
 import torch
 
 from sidestream.circuit.stage import NOTHING, State, Values
-from sidestream.engine.tick import SILENCE, Cell, Message
+from sidestream.circuit.wire import Circuit
+from sidestream.engine.tick import SILENCE, Cell, LineBack, Message
 from sidestream.errors import LayoutError, SidestreamError, StageError
 
 
@@ -17,6 +18,9 @@ class Forward:
     """Inference. Runs under ``torch.inference_mode``: answers cannot be used in autograd; clone them for that."""
 
     goes_back = False
+
+    def lines_back(self, circuit: Circuit) -> Sequence[LineBack]:
+        return ()
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         if cell.tick % cell.period != cell.phase:

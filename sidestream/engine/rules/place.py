@@ -1,10 +1,14 @@
-"""Where a stage stands in a circuit that is trained: who sends it what, and which parameters are its own."""
+"""Where a stage stands in a circuit that is trained: who sends it what, which parameters are its own, and whether
+going forward a second time repeats the first."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from torch import nn
 from torch.nn import Parameter
 
 from sidestream.circuit.stage import SOURCE, Stage
@@ -23,11 +27,12 @@ class Place:
     read_by: tuple[Wire, ...]
     takes_loss: bool
     step: Step
+    sends_back: bool = True
 
     @property
     def wants(self) -> list[bool]:
         """Which inputs have a stage behind them that waits for a cotangent."""
-        return [wire.source != SOURCE for wire in self.reads]
+        return [self.sends_back and wire.source != SOURCE for wire in self.reads]
 
     @property
     def outputs_read(self) -> list[int]:
@@ -64,3 +69,45 @@ def parameters_of(stages: Sequence[Stage]) -> list[dict[str, Parameter]]:
             owners[id(parameter)] = here
         found.append(own)
     return found
+
+
+def check_repeatable(number: int, stage: Stage, advice: str, *, statistics_matter: bool = True) -> None:
+    """CircuitError where a second forward would not repeat the first.
+
+    ``statistics_matter``: also where it would only count a frame twice (``undisturbed_statistics`` prevents that).
+    """
+    modules = list(stage.module.modules()) if stage.module is not None else []
+    norms = any(_counts(m) for m in modules)
+    drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.training and m.p > 0 for m in modules)
+    drops = drops or any(isinstance(m, torch.fx.GraphModule) and _has_dropout(m) for m in modules)
+    drops = drops or any(isinstance(m, nn.RNNBase) and m.training and m.dropout > 0 for m in modules)
+    writes = (norms or stage.hides_state) if statistics_matter else (stage.hides_state and not norms)
+    if drops or writes:
+        what = "draws random numbers (dropout)" if drops else "updates statistics (batch norm in train mode)"
+        raise CircuitError(
+            f"stage {number} ({stage.name}) {what}, so going forward a second time would not repeat the first; {advice}"
+        )
+
+
+@contextmanager
+def undisturbed_statistics(module: nn.Module | None) -> Iterator[None]:
+    """Inside, batch norms in train mode update copies of their running statistics, which are then dropped."""
+    counting = [m for m in module.modules() if _counts(m)] if module is not None else []
+    kept = [dict(m._buffers) for m in counting]
+    for m in counting:
+        m._buffers.update({name: None if b is None else b.clone() for name, b in m._buffers.items()})
+    try:
+        yield
+    finally:
+        for m, buffers in zip(counting, kept, strict=True):
+            m._buffers.update(buffers)
+
+
+def _counts(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
+
+
+def _has_dropout(graph_module: torch.fx.GraphModule) -> bool:
+    """Dropout that was traced in train mode: ``aten.dropout(x, p, True)``."""
+    nodes = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.dropout.default)
+    return any(bool(node.args[2]) and node.args[1] > 0 for node in nodes)

@@ -12,16 +12,19 @@ circuit with skip wires (``parallel(stages_of(modules, frame, skips="add"))``) i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from sidestream.circuit.stage import State
 from sidestream.circuit.wire import Circuit
 from sidestream.engine.rules.loss_stage import Loss
 from sidestream.engine.rules.place import Place
-from sidestream.engine.rules.stage_backward import summed, swallowed
+from sidestream.engine.rules.stage_backward import frames_of, summed, swallowed
 from sidestream.engine.rules.trainer import OptimizerFactory, StageTrainer, Update
-from sidestream.engine.rules.training import Observer, TrainingRule, frames_of
+from sidestream.engine.rules.training import Observer, TrainingRule
 from sidestream.engine.tick import SILENCE, Cell, Message
 
 
@@ -45,10 +48,16 @@ class Sideways(TrainingRule):
     takes it in the same tick; the paper does not say.
     ``observe``: called with every ``StageGradient``.
 
-    State is carried from tick to tick as a value; no gradient crosses it. A batch norm in train mode normalises by
-    the frame (or batch of streams) at hand and updates its statistics at every forward, fill-up included, in its own
-    stage; put it into eval mode to freeze it (before cutting, for a model that is cut). Dropout draws from the one
-    generator of the process, so with dropout "threads" does not repeat what "inline" does.
+    ``state_ticks``: over how many ticks a gradient crosses the state of a stage. With n, a stage keeps its last n
+    inputs and the state before them, and in every tick with a cotangent goes forward again through them and the
+    newest input, with the weights as they are, and back through all; the parameters get the gradient of all these
+    steps, the stages before that of the newest input only. The stage may have no dropout.
+
+    State is carried from tick to tick as a value; with ``state_ticks=0`` no gradient crosses it. A batch norm in train
+    mode normalises by the frame (or batch of streams) at hand and updates its statistics at every forward, fill-up
+    included (not when a stage goes forward again), in its own stage; put it into eval mode to freeze it (before
+    cutting, for a model that is cut). Dropout draws from the one generator of the process, so with dropout "threads"
+    does not repeat what "inline" does.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class Sideways(TrainingRule):
         target: str = "answered",
         loss_delay: int = 0,
         observe: Observer | None = None,
+        state_ticks: int = 0,
     ) -> None:
         super().__init__(
             loss,
@@ -70,10 +80,8 @@ class Sideways(TrainingRule):
             target=target,
             loss_delay=loss_delay,
             observe=observe,
+            state_ticks=state_ticks,
         )
-
-    def _check(self, circuit: Circuit) -> None:
-        """Any circuit that has a loss will do."""
 
     def num_silent_ticks(self, circuit: Circuit) -> int:
         return 0
@@ -84,24 +92,49 @@ class Sideways(TrainingRule):
     def _tick(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         place = self._places[cell.number - 1]
         given, back = place.split(messages)
-        waiting = cell.memory = cell.memory or [None] * len(back)
+        memory = cell.memory = cell.memory or _Memory([None] * len(back))
         for n, message in enumerate(back):
             if message is not SILENCE:
-                waiting[n] = message
+                memory.waiting[n] = message
         if swallowed([m.value for m in given]):
             return (SILENCE,) * len(cell.outbox)
         return self._work(cell, given, place)
 
     def _work(self, cell: Cell, given: Sequence[Message], place: Place) -> Sequence[Message]:
-        goes_back = place.takes_loss or (bool(place.read_by) and None not in cell.memory)
-        done, cell.state = self._forward(cell, given, cell.state, records=goes_back)
+        memory: _Memory = cell.memory
+        goes_back = place.takes_loss or (bool(place.read_by) and None not in memory.waiting)
+        window_ticks = self._window_ticks(cell.stage)
+        before = memory.window_before(cell.tick - window_ticks)
+        state = cell.state
+        done, cell.state = self._forward(cell, given, state, records=goes_back and not before)
+        if window_ticks:
+            memory.window.append((cell.tick, given, state))
         if swallowed(done.outputs):
             return (SILENCE,) * len(cell.outbox)
-        sent: Sequence[Message] = (SILENCE,) * len(given)
+        outputs = done.messages()
+        if not goes_back:
+            return [*outputs, *(SILENCE,) * len(given)]
+        if before:
+            steps = [step_given for _, step_given, _ in memory.window]
+            done = self._again(cell, steps, before[0][2], newest_only=True)
         if place.takes_loss:
-            seed = {len(done.outputs) - 1: torch.ones_like(done.outputs[-1])}
-            sent = self._backward(cell, done, seed, (done.oldest, done.newest))
-        elif goes_back:
-            cotangents, cell.memory = cell.memory, None
-            sent = self._backward(cell, done, summed(place.outputs_read, cotangents), frames_of(cotangents))
-        return [*done.messages(), *sent]
+            cotangents = {len(done.outputs) - 1: torch.ones_like(done.outputs[-1])}
+            frames = (done.oldest, done.newest)
+        else:
+            waiting, memory.waiting = memory.waiting, [None] * len(memory.waiting)
+            cotangents, frames = summed(place.outputs_read, waiting), frames_of(waiting)
+        return [*outputs, *self._backward(cell, done, cotangents, frames)[-len(given) :]]
+
+
+@dataclass(slots=True)
+class _Memory:
+    """What a cell keeps: the cotangents that have come, and its last steps as (tick, what came in, state before)."""
+
+    waiting: list[Message | None]
+    window: deque[tuple[int, Sequence[Message], State]] = field(default_factory=deque)
+
+    def window_before(self, tick: int) -> deque[tuple[int, Sequence[Message], State]]:
+        """The steps from ``tick`` on; earlier ones are dropped."""
+        while self.window and self.window[0][0] < tick:
+            self.window.popleft()
+        return self.window

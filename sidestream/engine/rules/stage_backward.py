@@ -28,6 +28,8 @@ class _NoGradient:
 
 NO_GRADIENT = _NoGradient()
 Step = Callable[[Values, State], tuple[Values, State]]
+Frames = tuple[int | None, int | None]
+"""The oldest and the newest frame."""
 Gradients = dict[str, Tensor]
 """Gradient of each parameter that the loss depends on, by name."""
 
@@ -56,9 +58,37 @@ def work(
     inputs = tuple(_leaf(m.value, wanted and records) for m, wanted in zip(given, wants, strict=True))
     with torch.inference_mode(False), torch.set_grad_enabled(records):
         outputs, state = step(inputs, state)
-    oldest = min((m.oldest for m in given if m.oldest is not None), default=None)
-    newest = max((m.newest for m in given if m.newest is not None), default=None)
-    return Work(inputs, tuple(outputs), oldest, newest), pytree.tree_map(_detached, state)
+    return Work(inputs, tuple(outputs), *frames_of(given)), pytree.tree_map(_detached, state)
+
+
+def work_through(
+    step: Step,
+    window: Sequence[Sequence[Message]],
+    state: State,
+    *,
+    wants: Sequence[bool],
+    newest_only: bool = False,
+) -> Work:
+    """Steps in a row with one graph through them and the state between them: the work on the last of ``window``.
+
+    Its inputs are those of all steps, one after the other; ``newest_only``: no cotangents for those before the last.
+    """
+    inputs: list[Any] = []
+    outputs: Values = ()
+    for number, given in enumerate(window, start=1):
+        is_asked = number == len(window) or not newest_only
+        leaves = [_leaf(m.value, wanted and is_asked) for m, wanted in zip(given, wants, strict=True)]
+        inputs += leaves
+        with torch.inference_mode(False), torch.enable_grad():
+            outputs, state = step(tuple(leaves), state)
+    return Work(tuple(inputs), tuple(outputs), *frames_of(window[-1]))
+
+
+def frames_of(messages: Sequence[Message | None]) -> Frames:
+    """The oldest and the newest frame that the messages are about."""
+    oldest = min((m.oldest for m in messages if m is not None and m.oldest is not None), default=None)
+    newest = max((m.newest for m in messages if m is not None and m.newest is not None), default=None)
+    return oldest, newest
 
 
 def pull_back(

@@ -16,14 +16,11 @@ from sidestream.circuit.stage import Stage, State
 from sidestream.circuit.wire import Circuit
 from sidestream.engine.rules.forward import naming
 from sidestream.engine.rules.loss_stage import Loss, with_loss
-from sidestream.engine.rules.place import Place, parameters_of, places_of
-from sidestream.engine.rules.stage_backward import Gradients, Work, pull_back, work
+from sidestream.engine.rules.place import Place, check_repeatable, parameters_of, places_of, undisturbed_statistics
+from sidestream.engine.rules.stage_backward import Frames, Gradients, Work, frames_of, pull_back, work, work_through
 from sidestream.engine.rules.trainer import OptimizerFactory, StageTrainer, Update, check_update
-from sidestream.engine.tick import Cell, Message
+from sidestream.engine.tick import Cell, LineBack, Message, against_wires
 from sidestream.errors import CircuitError, InputError, StageError
-
-Frames = tuple[int | None, int | None]
-"""The oldest and the newest frame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +65,12 @@ class TrainingRule(ABC):
         target: str,
         loss_delay: int,
         observe: Observer | None,
+        state_ticks: int = 0,
     ) -> None:
         check_update(update, max_norm)
-        self.update = update
+        if not (type(state_ticks) is int and state_ticks >= 0):
+            raise InputError(f"{state_ticks = }; expected a number of ticks from 0 on (0: no gradient crosses a state)")
+        self.update, self.state_ticks = update, state_ticks
         self._loss, self._target, self._loss_delay, self._observe = loss, target, loss_delay, observe
         self._optimizers, self._max_norm = optimizers, max_norm
         self._stages: tuple[Stage, ...] = ()
@@ -82,9 +82,16 @@ class TrainingRule(ABC):
     def _tick(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         """One tick of one stage: forward, back, and the update where one is due."""
 
-    @abstractmethod
     def _check(self, circuit: Circuit) -> None:
         """Raises CircuitError for stages that the rule cannot train."""
+        for number, stage in enumerate(circuit.stages, start=1):
+            if self._window_ticks(stage):
+                what = "use state_ticks=0, or put those layers into eval mode"
+                check_repeatable(number, stage, what, statistics_matter=False)
+
+    def _window_ticks(self, stage: Stage) -> int:
+        """Over how many earlier ticks a gradient of this stage goes back; 0 for one without a state."""
+        return self.state_ticks if stage.init_state is not None else 0
 
     @abstractmethod
     def num_silent_ticks(self, circuit: Circuit) -> int:
@@ -93,6 +100,9 @@ class TrainingRule(ABC):
     @abstractmethod
     def _num_averaged(self, trainer: StageTrainer) -> int:
         """By what the gradients gathered over a clip are divided."""
+
+    def lines_back(self, circuit: Circuit) -> Sequence[LineBack]:
+        return against_wires(circuit)
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         started = time.perf_counter()
@@ -194,13 +204,18 @@ class TrainingRule(ABC):
         frame = frames_of(given)[0]
         with naming(cell, frame_index=frame):
             done, state = work(place.step, given, state, wants=place.wants, records=records)
-            loss = done.outputs[-1]
-            if place.takes_loss and isinstance(loss, Tensor) and not torch.isfinite(loss):
-                raise StageError(
-                    f"the loss of frame {frame} (tick {cell.tick}) is {loss.item()}; nothing was updated with it. "
-                    "Lower the learning rate, clip gradients with max_norm, or look at that frame and its target"
-                )
+            if place.takes_loss:
+                _check_loss(done, cell)
         return done, state
+
+    def _again(self, cell: Cell, window: Sequence[Sequence[Message]], state: State, *, newest_only: bool) -> Work:
+        """The cell's stage again on kept inputs, with the weights as they are and one graph through its state."""
+        place = self._places[cell.number - 1]
+        with naming(cell, frame_index=frames_of(window[-1])[0]), undisturbed_statistics(cell.stage.module):
+            done = work_through(place.step, window, state, wants=place.wants, newest_only=newest_only)
+            if place.takes_loss:
+                _check_loss(done, cell)
+        return done
 
     def _backward(self, cell: Cell, done: Work, cotangents: dict[int, Tensor], frames: Frames) -> list[Message]:
         """The product at ``done``, gathered by the trainer; one message per input. ``frames``: of the loss."""
@@ -223,8 +238,10 @@ class TrainingRule(ABC):
             trainer.gather(gradients)
 
 
-def frames_of(messages: Sequence[Message | None]) -> Frames:
-    """The oldest and the newest frame that the messages are about."""
-    oldest = min((m.oldest for m in messages if m is not None and m.oldest is not None), default=None)
-    newest = max((m.newest for m in messages if m is not None and m.newest is not None), default=None)
-    return oldest, newest
+def _check_loss(done: Work, cell: Cell) -> None:
+    loss = done.outputs[-1]
+    if isinstance(loss, Tensor) and not torch.isfinite(loss):
+        raise StageError(
+            f"the loss of frame {done.oldest} (tick {cell.tick}) is {loss.item()}; nothing was updated with it. "
+            "Lower the learning rate, clip gradients with max_norm, or look at that frame and its target"
+        )
