@@ -15,6 +15,7 @@ def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
     from sidestream.models.create import model_info
     from sidestream.train.answering import Answering, check_model
     from sidestream.train.evaluate import evaluate
+    from sidestream.train.tasks import ClassTask
 
     spec = _spec(given, model_info(given["model"]).input_spec)
     dataset = open_dataset(
@@ -22,7 +23,9 @@ def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
     )
     net = Answering(_model(given, dataset.num_classes))
     loader = Loader(dataset, batch_size=given["batch_size"])
-    check_model(net, next(loader.batches(0)).clip_BTCHW[:1], dataset.num_classes)
+    clip_BTCHW = next(loader.batches(0)).clip_BTCHW[:1]
+    check = ClassTask().check_answers
+    check_model(net, clip_BTCHW, lambda name, answers: check(name, answers, clip_BTCHW, dataset.num_classes))
     found = evaluate(net, loader.batches(0))
     per_class = {dataset.class_names[label]: list(counts) for label, counts in found.per_class.items()}
     return {

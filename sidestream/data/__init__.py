@@ -2,6 +2,7 @@
 
 from sidestream.data.catalog import CATALOG, open_dataset
 from sidestream.data.dataset import ClipDataset, ClipItem, ClipOptions
+from sidestream.data.joints import PointSource
 from sidestream.data.loader import Batch, Loader
 from sidestream.data.record import ClipRecord
 from sidestream.data.shapes import synthetic_dataset
@@ -14,6 +15,7 @@ __all__ = [
     "ClipOptions",
     "ClipRecord",
     "Loader",
+    "PointSource",
     "open_dataset",
     "synthetic_dataset",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sidestream.data.dataset import PLAIN, ClipDataset, ClipOptions, Part
 from sidestream.data.jhmdb import jhmdb_records
+from sidestream.data.joints import PointSource, jhmdb_points
 from sidestream.data.shapes import SYNTHETIC, synthetic_dataset
 from sidestream.data.sources import Parts, csv_records, folder_records
 from sidestream.data.weizmann import weizmann_records
@@ -27,6 +28,8 @@ class Entry:
     about: str
     licence: str
     where: str
+    points: Callable[[Path], PointSource] | None = None
+    """Its folder -> the keypoints of its records, for sets that have some."""
 
 
 CATALOG: dict[str, Entry] = {
@@ -35,6 +38,7 @@ CATALOG: dict[str, Entry] = {
         "JHMDB: 928 clips of 15 to 40 frames, 21 actions; official splits 1 to 3",
         "research use (from HMDB51)",
         "http://jhmdb.is.tue.mpg.de (Jhuang et al., ICCV 2013)",
+        jhmdb_points,
     ),
     "weizmann": Entry(
         weizmann_records,
@@ -54,6 +58,7 @@ def open_dataset(
     spec: InputSpec = PLAIN,
     options: ClipOptions = ClipOptions(),  # noqa: B008 (frozen)
     num_classes: int | None = None,
+    with_points: bool = False,
 ) -> ClipDataset:
     """The ``part`` of a labelled data set.
 
@@ -65,21 +70,35 @@ def open_dataset(
         root: the folder that holds the named sets (default: the environment variable SIDESTREAM_DATA).
         spec: what the model wants; frames, step, size, mean and std are taken from it.
         num_classes: for manifests with numbers as labels.
+        with_points: items hold keypoints too (jhmdb: 15 joints; synthetic: 5 points of the shape); records without
+            any are left out.
 
     Raises:
-        InputError: unknown name, no such folder, no clip in it, a split that does not exist, labels out of range.
+        InputError: unknown name, no such folder, no clip in it, a split that does not exist, labels out of range, or
+            no keypoints where they are wanted.
     """
     name = str(source)
     split = None if split is None else str(split)
     if name in SYNTHETIC:
-        return synthetic_dataset(name, part=part, spec=spec, options=options)
+        return synthetic_dataset(name, part=part, spec=spec, options=options, with_points=with_points)
+    points: PointSource | None = None
+    if with_points:
+        points = _points_of(name, root)
     if name in CATALOG:
         parts, classes = CATALOG[name].records(_folder_of(name, root), split)
         what = f"{name}, split {split}" if split else name
     else:
         parts, classes = _from_path(Path(name), split, num_classes)
         what = name
-    return ClipDataset(parts[part], classes, part=part, spec=spec, options=options, name=f"{what}, {part} part")
+    name = f"{what}, {part} part"
+    return ClipDataset(parts[part], classes, part=part, spec=spec, options=options, name=name, points=points)
+
+
+def _points_of(name: str, root: str | os.PathLike[str] | None) -> PointSource:
+    if (entry := CATALOG.get(name)) is None or entry.points is None:
+        have = ", ".join([*(n for n, each in CATALOG.items() if each.points is not None), *SYNTHETIC])
+        raise InputError(f"{name} has no keypoints; those with keypoints are {have}")
+    return entry.points(_folder_of(name, root))
 
 
 def _from_path(path: Path, split: str | None, num_classes: int | None) -> tuple[Parts, list[str]]:

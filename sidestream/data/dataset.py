@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from sidestream.data.joints import PointSource, points_of_clip
 from sidestream.data.pictures import OpenPictures, PictureStore, Times, file_pictures
 from sidestream.data.record import ClipRecord, check_labels, check_stretch
 from sidestream.data.sampling import Short, clip_indices, possible_starts, random_generator, spread_start
@@ -39,6 +40,8 @@ class ClipItem(NamedTuple):
     key: str
     pts_seconds: Times
     """Presentation times of the T frames that were used."""
+    points_TP3: Tensor | None = None
+    """Of data sets with keypoints: x, y in pixels of the clip's pictures, and 1 where the point lies inside, else 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,7 @@ class ClipDataset(Dataset[ClipItem]):
         part: "train" takes a random start, drawn by (seed, epoch, index); "test" takes spread, fixed ones.
         spec: what the model wants: frames, step, size, mean, std.
         open_pictures: reads a record; by default files and folders of images.
+        points: where keypoints come from; records without any are left out.
 
     Raises:
         InputError: no records, labels out of range, or options that make no sense.
@@ -83,7 +87,10 @@ class ClipDataset(Dataset[ClipItem]):
         options: ClipOptions = ClipOptions(),
         name: str = "clips",
         open_pictures: OpenPictures = file_pictures,
+        points: PointSource | None = None,
     ) -> None:
+        if points is not None:
+            records = [record for record in records if points.read(record) is not None]
         _check(records, part, spec, options, name)
         check_labels(records, len(class_names), name)
         self.records, self.class_names = tuple(records), tuple(class_names)
@@ -91,6 +98,7 @@ class ClipDataset(Dataset[ClipItem]):
         self.epoch = 0
         self.skipped: dict[str, str] = {}
         """Records that could not be read, by key, and why."""
+        self.points = points
         self._open = open_pictures
         self._store = PictureStore(
             resized_px=self._resized_px,
@@ -130,6 +138,7 @@ class ClipDataset(Dataset[ClipItem]):
             options=self.options,
             name=self.name,
             open_pictures=self._open,
+            points=self.points,
         )
 
     def item(self, index: int, epoch: int = 0) -> ClipItem:
@@ -139,10 +148,25 @@ class ClipDataset(Dataset[ClipItem]):
         number, clip_number = divmod(index % len(self), self.clips_per_record)
         record = self.records[number]
         chance = random_generator(self.options.seed, epoch, number)
-        rgb_THWC, times = self._store.fetch(record, partial(self._choose, clip_number, chance))
-        clip = Clip(self._cut(rgb_THWC, chance), times)
+        chosen: list[int] = []
+        rgb_THWC, times = self._store.fetch(record, partial(self._choose, clip_number, chance, chosen))
+        picture_px = int(rgb_THWC.shape[1]), int(rgb_THWC.shape[2])
+        (top, left), is_mirrored = self._place(picture_px, chance)
+        height, width = self.spec.size_px
+        rgb_THWC = rgb_THWC[:, top : top + height, left : left + width]
+        clip = Clip(torch.flip(rgb_THWC, (2,)) if is_mirrored else rgb_THWC, times)
         clip_BTCHW = prepare(clip, replace(self.spec, resize_px=None))
-        return ClipItem(clip_BTCHW[0], record.label, record.name, times)
+        points_TP3 = None
+        if self.points is not None and (points_FP2 := self.points.read(record)) is not None:
+            points_TP3 = points_of_clip(
+                points_FP2,
+                chosen,
+                picture_px=picture_px,
+                corner_px=(top, left),
+                size_px=self.spec.size_px,
+                swaps=self.points.swaps if is_mirrored else None,
+            )
+        return ClipItem(clip_BTCHW[0], record.label, record.name, times, points_TP3)
 
     def frames(self, record: ClipRecord) -> Iterator[Frame]:
         """Every frame of a record as it was decoded, numbered from 0; those of the synthetic sets with their truth."""
@@ -165,16 +189,18 @@ class ClipDataset(Dataset[ClipItem]):
             self.skipped[record.name] = str(reason)
             log.warning("%s: skipped %s (%d so far): %s", self.name, record.name, len(self.skipped), reason)
 
-    def _choose(self, clip_number: int, chance: np.random.Generator, times: Times) -> list[int]:
+    def _choose(self, clip_number: int, chance: np.random.Generator, chosen: list[int], times: Times) -> list[int]:
+        """Indices of the clip's frames, which are also left in ``chosen``."""
         num_frames, step, rate = self.spec.num_frames, self.spec.frame_step, self.options.frame_rate
         num_starts = possible_starts(times, num_frames, step, rate)
         if self.part == "train":
             start = int(chance.integers(num_starts))
         else:
             start = spread_start(num_starts, clip_number, self.options.num_clips)
-        return clip_indices(
+        chosen[:] = clip_indices(
             times, start=start, num_frames=num_frames, frame_step=step, short=self.options.short, frame_rate=rate
         )
+        return chosen
 
     @property
     def _crops(self) -> bool:
@@ -186,18 +212,12 @@ class ClipDataset(Dataset[ClipItem]):
             return round(height * CROP_MARGIN), round(width * CROP_MARGIN)
         return placement(frame_size_px, self.spec).resized_px
 
-    def _cut(self, rgb_THWC: Tensor, chance: np.random.Generator) -> Tensor:
-        """The part of the picture that the model sees: the centre, or a random one; perhaps mirrored."""
-        height, width = self.spec.size_px
-        spare = int(rgb_THWC.shape[1]) - height, int(rgb_THWC.shape[2]) - width
-        if self._crops:
-            top, left = (int(chance.integers(each + 1)) for each in spare)
-        else:
-            top, left = (round(each / 2.0) for each in spare)
-        rgb_THWC = rgb_THWC[:, top : top + height, left : left + width]
-        if self.part == "train" and self.options.random_flip and chance.integers(2):
-            rgb_THWC = torch.flip(rgb_THWC, (2,))
-        return rgb_THWC
+    def _place(self, picture_px: tuple[int, int], chance: np.random.Generator) -> tuple[tuple[int, int], bool]:
+        """Where the part that the model sees begins (top, left): in the centre, or anywhere; and if it is mirrored."""
+        spare = [have - wanted for have, wanted in zip(picture_px, self.spec.size_px, strict=True)]
+        top, left = (int(chance.integers(each + 1)) if self._crops else round(each / 2.0) for each in spare)
+        flips = self.part == "train" and self.options.random_flip
+        return (top, left), flips and bool(chance.integers(2))
 
 
 def _check(records: Sequence[ClipRecord], part: str, spec: InputSpec, options: ClipOptions, name: str) -> None:

@@ -35,6 +35,8 @@ class Batch:
     pts_seconds: tuple[Times, ...]
     number: int
     """The batch's place in its epoch; numbers are missing where no record of a batch could be read."""
+    points_BTP3: Tensor | None = None
+    """Of data sets with keypoints: x, y in pixels of the clips' pictures, and 1 where the point lies inside, else 0."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -138,12 +140,14 @@ class Loader:
                 self.dataset.skip(index, error)
         if not items:
             return None
+        has_points = items[0].points_TP3 is not None
         return Batch(
             torch.stack([item.clip_TCHW for item in items]),
             torch.tensor([item.label for item in items]),
             tuple(item.key for item in items),
             tuple(item.pts_seconds for item in items),
             number,
+            torch.stack([item.points_TP3 for item in items if item.points_TP3 is not None]) if has_points else None,
         )
 
 

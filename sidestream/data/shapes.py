@@ -6,9 +6,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from sidestream.data.dataset import PLAIN, ClipDataset, ClipOptions, Part
+from sidestream.data.joints import PointSource
 from sidestream.data.record import ClipRecord
 from sidestream.data.sampling import random_generator
 from sidestream.errors import InputError
@@ -26,6 +28,7 @@ SYNTHETIC: dict[str, tuple[str, ...]] = {
 NUM_CLIPS = {"train": 320, "test": 128}
 FRAME_RATE = 25.0
 NUM_FRAMES_LONGER = 8
+POINTS = ("centre", "outline 1", "outline 2", "outline 3", "outline 4")
 """Videos are so many frames longer than a clip, for random starts."""
 
 
@@ -36,11 +39,13 @@ def synthetic_dataset(
     spec: InputSpec = PLAIN,
     options: ClipOptions = ClipOptions(),  # noqa: B008 (frozen)
     num_clips: int | None = None,
+    with_points: bool = False,
 ) -> ClipDataset:
     """``num_clips`` made-up clips (default 320 for training, 128 for test), classes in turn.
 
     The videos are drawn by ``options.seed``; those of the two parts have nothing in common. They are made in the
-    spec's own size, so that nothing is resized (but for random crops).
+    spec's own size, so that nothing is resized (but for random crops). ``with_points``: items hold the five keypoints
+    of the shape; they have no left and right, so mirrored pictures keep their order.
     """
     classes = SYNTHETIC[name]
     count = NUM_CLIPS[part] if num_clips is None else num_clips
@@ -49,7 +54,14 @@ def synthetic_dataset(
     records = [ClipRecord(f"{name}:{part}:{n}", n % len(classes), key=f"{part}/{n}") for n in range(count)]
     pictures = _Pictures(name, part, spec, options.seed)
     return ClipDataset(
-        records, classes, part=part, spec=spec, options=options, name=f"{name}, {part} part", open_pictures=pictures
+        records,
+        classes,
+        part=part,
+        spec=spec,
+        options=options,
+        name=f"{name}, {part} part",
+        open_pictures=pictures,
+        points=PointSource(pictures.points, POINTS) if with_points else None,
     )
 
 
@@ -58,15 +70,23 @@ class _Pictures:
 
     def __init__(self, name: str, part: Part, spec: InputSpec, seed: int) -> None:
         self.name, self.part, self.spec, self.seed = name, part, spec, seed
+        self.num_frames = (spec.num_frames - 1) * spec.frame_step + 1 + NUM_FRAMES_LONGER
 
     def __call__(self, record: ClipRecord, from_seconds: float) -> Iterator[tuple[Tensor, float]]:
         for frame in self.video(record):
             yield frame.rgb_HWC, frame.pts_seconds
 
+    def points(self, record: ClipRecord) -> Tensor:
+        """The shape's keypoints in every frame, as shares of width and height."""
+        video, (height, width) = self.video(record), self.spec.size_px
+        seconds = [n / video.frame_rate for n in range(self.num_frames)]
+        points_FP2 = torch.stack([torch.as_tensor(video.shapes[0].keypoints_px(s, video.size_px)) for s in seconds])
+        return points_FP2.float() / torch.tensor([width, height], dtype=torch.float32)
+
     def video(self, record: ClipRecord) -> SyntheticVideo:
         number = int(record.path.rpartition(":")[2])
         chance = random_generator(self.seed, 0 if self.part == "train" else 1, number)
-        num_frames = (self.spec.num_frames - 1) * self.spec.frame_step + 1 + NUM_FRAMES_LONGER
+        num_frames = self.num_frames
         video = SyntheticVideo(
             seed=int(chance.integers(2**31)),
             num_frames=num_frames,

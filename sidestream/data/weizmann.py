@@ -23,7 +23,7 @@ def weizmann_records(folder: Path, split: str | None) -> tuple[Parts, list[str]]
     if not held_out or not held_out < set(actors):
         raise InputError(
             f"Weizmann's split is the held-out actor or actors, separated by commas, but --split {split!r} was given; "
-            f"there are {', '.join(actors)}"
+            f"there are {', '.join(actors)}: give for example {','.join(actors[:2])}"
         )
     parts: Parts = {"train": [], "test": []}
     for file in files:

@@ -1,7 +1,8 @@
-"""What a task asks of a model: one row of logits per clip or per frame, from clip models and frame models alike."""
+"""What a task asks of a model: an answer per clip or per frame, from clip models and frame models alike."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from sidestream.models import info_of
 
 class Answering(nn.Module):
     """``clip_BTCHW`` -> logits (B, T', N): T' = 1 where the task is the clip, one per answer where it is the frame.
+    For the tasks that want maps: (B, T', C, H, W).
 
     A frame model (its layout is "BCHW") is put on every frame, and the clip's logits are the mean of its frames'.
     """
@@ -24,7 +26,7 @@ class Answering(nn.Module):
         self.train(model.training)
         info = info_of(model)
         self.reads_frames = info is not None and info.input_spec.layout == "BCHW"
-        if task == "frame" and not self.reads_frames and not hasattr(model, "answers"):
+        if task != "clip" and not self.reads_frames and not hasattr(model, "answers"):
             raise InputError(
                 f"{type(model).__name__} has no answers for single frames (no method answers); use the task 'clip'"
             )
@@ -32,8 +34,8 @@ class Answering(nn.Module):
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         if self.reads_frames:
             logits_BTN = self.model(clip_BTCHW.flatten(0, 1)).unflatten(0, clip_BTCHW.shape[:2])
-            return logits_BTN if self.task == "frame" else logits_BTN.mean(1, keepdim=True)
-        if self.task == "frame":
+            return logits_BTN if self.task != "clip" else logits_BTN.mean(1, keepdim=True)
+        if self.task != "clip":
             return self.model.answers(clip_BTCHW)  # type: ignore[operator]
         return self.model(clip_BTCHW).unsqueeze(1)
 
@@ -45,8 +47,8 @@ def cross_entropy(logits_BTN: Tensor, labels_B: Tensor, label_smoothing: float =
     return F.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), label_smoothing=label_smoothing)
 
 
-def check_model(net: Answering, clip_BTCHW: Tensor, num_classes: int) -> None:
-    """Raises ``InputError`` unless the model takes this clip and answers at least ``num_classes`` logits.
+def check_model(net: Answering, clip_BTCHW: Tensor, check_answers: Callable[[str, Any], None]) -> None:
+    """Raises ``InputError`` unless the model takes this clip; ``check_answers(name, answers)`` looks at its answers.
 
     In eval mode and without a gradient, so that nothing in the model changes.
     """
@@ -54,7 +56,7 @@ def check_model(net: Answering, clip_BTCHW: Tensor, num_classes: int) -> None:
     name, shape = type(net.model).__name__, tuple(clip_BTCHW.shape)
     try:
         with torch.no_grad():
-            logits: Any = net.eval()(clip_BTCHW)
+            answers: Any = net.eval()(clip_BTCHW)
     except SidestreamError as error:
         raise InputError(f"{name} does not take clips of shape {shape} (B, T, C, H, W): {error}") from error
     except Exception as error:  # every model fails in its own way
@@ -65,11 +67,4 @@ def check_model(net: Answering, clip_BTCHW: Tensor, num_classes: int) -> None:
         ) from error
     finally:
         net.train(was_training)
-    if not isinstance(logits, Tensor) or logits.ndim != 3 or logits.shape[0] != shape[0]:
-        given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"{name} answers {given}, not one row of class logits per clip or frame; it cannot be trained")
-    if logits.shape[-1] < num_classes:
-        raise InputError(
-            f"{name} answers {logits.shape[-1]} classes, but the labels go from 0 to {num_classes - 1}; "
-            f"make the model with num_classes={num_classes}"
-        )
+    check_answers(name, answers)

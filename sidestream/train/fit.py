@@ -15,14 +15,17 @@ from sidestream.errors import InputError
 from sidestream.report import machine
 from sidestream.train.answering import Answering, check_model
 from sidestream.train.checkpoint import NAME as CHECKPOINT
-from sidestream.train.config import DEPTH_PARALLEL, TrainConfig
-from sidestream.train.folder import RunFolder
+from sidestream.train.config import ON_CIRCUITS, TrainConfig
+from sidestream.train.feedback import take_feedback
+from sidestream.train.folder import SAMPLES, RunFolder
 from sidestream.train.hardware import make_accelerator
 from sidestream.train.loop import Loop
 from sidestream.train.optimisers import make_optimizer, optimizer_class
 from sidestream.train.progress import progress
-from sidestream.train.rules import StepContext, rule_by_name
+from sidestream.train.rules import StepContext, judged, rule_by_name
+from sidestream.train.samples import draw_samples
 from sidestream.train.skip_net import with_skips
+from sidestream.train.tasks import Task, make_task
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +39,13 @@ class TrainResult:
     seconds: float
     """Of the whole run, over all the times it was resumed."""
     test_accuracy: float | None
-    """Top-1 of the last weights on the test part; None without one."""
+    """Top-1 of the last weights on the test part; None without one, and for tasks without classes."""
     best_test_accuracy: float | None
     """Of the best epoch's: chosen on the test part, so no estimate for unseen clips."""
+    test_scores: dict[str, float]
+    """Everything that the last evaluation found, by name: loss, accuracy; mse, psnr; pck_0.2 ... (``train.tasks``)."""
+    score: str
+    """The one of them that decides which epoch is the best; higher is better."""
     history: tuple[dict[str, Any], ...]
     """One record per epoch: train_loss, train_accuracy, test_loss, test_accuracy, seconds ..."""
     skipped: dict[str, str]
@@ -62,7 +69,8 @@ def fit(
     Args:
         model: clips (B, T, 3, H, W), or frames (B, 3, H, W) with an input spec that says so, to logits.
         test_data: evaluated after every epoch.
-        out: folder for config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors, curve.png.
+        out: folder for config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors, curve.png;
+            with ``config.diagnose`` also diagnostics.jsonl and diagnostics.png.
         resume: go on with the run in ``out``, which must have been begun with the same configuration and data; one
             that was killed before its first checkpoint begins anew, with the weights that ``model`` has.
         about: what else to write into config.json (how the model and the data were made). Plain values.
@@ -77,6 +85,7 @@ def fit(
     """
     make_rule = rule_by_name(config.rule)
     optimizer_class(config.optimizer)
+    task = make_task(config, train_data.spec)
     folder = RunFolder(out, resume=resume)
     if resume:
         folder.check_same(config)
@@ -88,9 +97,14 @@ def fit(
     net = Answering(model, config.answers_task)
     net.to(accelerator.device)
     example_BTCHW = example_BTCHW.to(accelerator.device)
-    check_model(net, example_BTCHW[:2], train_data.num_classes)
+    num_outputs = _num_outputs(train_data, config)
+    clip_BTCHW = example_BTCHW[:2]
+    check_model(net, clip_BTCHW, lambda name, answers: task.check_answers(name, answers, clip_BTCHW, num_outputs))
     prepared = accelerator.prepare(net.train())  # rules look at it as it will be trained
-    rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW))
+    rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW, task))
+    task.check_clips(model, example_BTCHW.shape[1])
+    if config.diagnose and not hasattr(rule, "diagnose"):
+        raise InputError(f"diagnose={config.diagnose} with the rule {config.rule!r}, whose gradients are the true ones")
     optimizers = rule.make_optimizers(lambda parameters: accelerator.prepare(make_optimizer(parameters, config)))
     if not resume and accelerator.is_main_process:
         folder.start(config, _about(model, train_data, test_data) | dict(about or {}))
@@ -103,21 +117,38 @@ def fit(
         loaders=loaders,
         config=config,
         folder=folder,
+        task=task,
     )
     if resume and (folder.path / CHECKPOINT).is_file():
         loop.resume()
+    if test_data is not None:
+        task.learn(Loader(train_data, batch_size=config.batch_size, seed=config.seed, num_workers=config.num_workers))
     is_main = accelerator.is_main_process
     with progress(loop.num_batches, folder.path, tensorboard=config.tensorboard, is_main=is_main) as report:
         loop.run(report)
-    model.eval()
+    take_feedback(model.eval(), config)
     if is_main:
-        folder.draw(f"{type(model).__name__}, {config.rule}, {train_data.name}")
+        title = f"{type(model).__name__}, {config.rule}"
+        folder.draw(f"{title}, {train_data.name}", task.score)
+        shown, shown_task = judged(rule, net, task)
+        _draw_samples(shown_task, shown, loaders[1] or loaders[0], accelerator.device, folder, title)
     return _result(loop, train_data, test_data)
 
 
 def _check_processes(config: TrainConfig, num_processes: int) -> None:
-    if config.rule in DEPTH_PARALLEL and num_processes > 1:
+    if config.rule in ON_CIRCUITS and num_processes > 1:
         raise InputError(f"the rule {config.rule!r} trains in one process, but {num_processes} were started")
+
+
+def _num_outputs(train_data: ClipDataset, config: TrainConfig) -> int:
+    if config.task != "keypoints":
+        return train_data.num_classes
+    if train_data.points is None:
+        raise InputError(
+            f"{train_data.name} was opened without keypoints, which the task 'keypoints' needs; open it with "
+            "with_points=True (jhmdb, synthetic)"
+        )
+    return len(train_data.points.names)
 
 
 def _loaders(
@@ -131,6 +162,11 @@ def _loaders(
     sizes: dict[str, Any] = {"batch_size": config.batch_size, "num_workers": config.num_workers, "shard": shard}
     train_loader = Loader(train_data, seed=config.seed, shuffle=True, **sizes)
     return train_loader, None if test_data is None else Loader(test_data, shuffle=False, **sizes)
+
+
+def _draw_samples(task: Task, net: nn.Module, loader: Loader, device: Any, folder: RunFolder, title: str) -> None:
+    if rows := task.panels(net.eval(), next(loader.batches(0)), device):
+        draw_samples(rows, folder.path / SAMPLES, title=f"{title}, {loader.dataset.name}")
 
 
 def _about(model: nn.Module, train_data: ClipDataset, test_data: ClipDataset | None) -> dict[str, Any]:
@@ -150,6 +186,8 @@ def _about(model: nn.Module, train_data: ClipDataset, test_data: ClipDataset | N
 def _result(loop: Loop, train_data: ClipDataset, test_data: ClipDataset | None) -> TrainResult:
     history = loop.folder.epochs()
     accuracies = [r["test_accuracy"] for r in history if r.get("test_accuracy") is not None]
+    scored: dict[str, Any] = next((r for r in reversed(history) if "test_loss" in r), {})
+    scores = {n.removeprefix("test_"): value for n, value in scored.items() if n.startswith("test_")}
     return TrainResult(
         out=loop.folder.path,
         num_epochs=loop.at.epoch,
@@ -157,6 +195,8 @@ def _result(loop: Loop, train_data: ClipDataset, test_data: ClipDataset | None) 
         seconds=loop.at.seconds,
         test_accuracy=accuracies[-1] if accuracies else None,
         best_test_accuracy=max(accuracies) if accuracies else None,
+        test_scores={name: value for name, value in scores.items() if name != "records"},
+        score=loop.task.score,
         history=tuple(history),
         skipped={**train_data.skipped, **(test_data.skipped if test_data is not None else {})},
         model=loop.model,

@@ -16,9 +16,12 @@ from sidestream.models.weights import save_weights
 from sidestream.report import json_lines, read_json_lines, write_text
 from sidestream.train.config import TrainConfig
 from sidestream.train.curve import draw_curve
+from sidestream.train.diagnostics import draw_diagnostics
 
 CONFIG, LOG, LAST, BEST, CURVE = "config.json", "log.jsonl", "last.safetensors", "best.safetensors", "curve.png"
-FREE_TO_CHANGE = frozenset({"num_workers", "checkpoint_minutes", "tensorboard"})
+SAMPLES = "samples.png"
+DIAGNOSTICS, DIAGNOSTICS_PLOT = "diagnostics.jsonl", "diagnostics.png"
+FREE_TO_CHANGE = frozenset({"num_workers", "checkpoint_minutes", "tensorboard", "diagnose"})
 """Options that decide no value, so that a resumed run may have others."""
 
 log = logging.getLogger("sidestream.train")
@@ -54,18 +57,19 @@ class RunFolder:
             changes = ", ".join(f"{k} (was {saved.get(k)!r}, now {given[k]!r})" for k in sorted(other))
             raise InputError(f"a resumed run keeps its options, but these differ: {changes}; begin a new run for that")
 
-    def note(self, record: Mapping[str, Any]) -> None:
-        """Add a line to the log."""
-        with json_lines(self.path / LOG, append=True) as write:
-            write(record)
+    def note(self, *records: Mapping[str, Any], name: str = LOG) -> None:
+        """Add lines to the log, or to the diagnostics."""
+        with json_lines(self.path / name, append=True) as write:
+            for record in records:
+                write(record)
 
-    def log_bytes(self) -> int:
-        file = self.path / LOG
+    def log_bytes(self, name: str = LOG) -> int:
+        file = self.path / name
         return file.stat().st_size if file.is_file() else 0
 
-    def cut_log(self, num_bytes: int) -> None:
+    def cut_log(self, num_bytes: int, name: str = LOG) -> None:
         """Back to what it was at the checkpoint: what was done after it will be done again."""
-        file = self.path / LOG
+        file = self.path / name
         if file.is_file():
             os.truncate(file, min(num_bytes, file.stat().st_size))
 
@@ -77,8 +81,10 @@ class RunFolder:
     def save_weights(self, model: nn.Module, name: str) -> Path:
         return save_weights(model, self.path / name)
 
-    def draw(self, title: str) -> None:
-        draw_curve(self.epochs(), self.path / CURVE, title=title)
+    def draw(self, title: str, score: str = "accuracy") -> None:
+        draw_curve(self.epochs(), self.path / CURVE, title=title, score=score)
+        if (file := self.path / DIAGNOSTICS).is_file():
+            draw_diagnostics(read_json_lines(file), self.path / DIAGNOSTICS_PLOT, title=title)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -23,12 +23,12 @@ from sidestream.data import Batch, Loader
 from sidestream.errors import TrainError
 from sidestream.train.checkpoint import load_checkpoint, save_checkpoint
 from sidestream.train.config import TrainConfig
-from sidestream.train.evaluate import Evaluation, evaluate
-from sidestream.train.folder import BEST, LAST, RunFolder
+from sidestream.train.folder import BEST, DIAGNOSTICS, LAST, RunFolder
 from sidestream.train.hardware import gather_objects, seed_all
 from sidestream.train.progress import Progress
-from sidestream.train.rules import NotFinite, TrainStep
+from sidestream.train.rules import NotFinite, TrainStep, judged
 from sidestream.train.schedule import learning_rate
+from sidestream.train.tasks import Scores, Task
 
 LOGS_PER_EPOCH = 10
 
@@ -50,6 +50,7 @@ class Position:
     """Of training, evaluation included, over all the times it was resumed."""
     is_done: bool = False
     log_bytes: int = 0
+    diagnostics_bytes: int = 0
 
 
 class Loop:
@@ -65,10 +66,11 @@ class Loop:
         loaders: tuple[Loader, Loader | None],
         config: TrainConfig,
         folder: RunFolder,
+        task: Task,
     ) -> None:
         self.accelerator, self.net, self.rule, self.optimizers = accelerator, net, rule, optimizers
         self.train_loader, self.test_loader = loaders
-        self.config, self.folder = config, folder
+        self.config, self.folder, self.task = config, folder, task
         self.model: nn.Module = accelerator.unwrap_model(net).model
         self.at = Position()
         self._updates_per_epoch = -(-len(self.train_loader) // config.accumulate)
@@ -85,6 +87,7 @@ class Loop:
         if hasattr(self.rule, "load_state_dict"):
             self.rule.load_state_dict(rule_state)
         self.folder.cut_log(self.at.log_bytes)
+        self.folder.cut_log(self.at.diagnostics_bytes, DIAGNOSTICS)
 
     def run(self, progress: Progress) -> None:
         """Train to the end. Raises ``TrainError`` for a loss that is not finite; the last checkpoint stays."""
@@ -119,10 +122,14 @@ class Loop:
         at, device = self.at, self.accelerator.device
         seed_all(self.config.seed, at.epoch, batch.number, self.accelerator.process_index)
         self._set_rate()
+        if self.config.diagnose and (at.epoch * len(self.train_loader) + batch.number) % self.config.diagnose == 0:
+            self._diagnose(batch)
         waits = contextlib.nullcontext() if self._is_last_of_update else self.accelerator.no_sync(self.net)
         try:
             with waits:
-                metrics = self.rule.step(batch.clip_BTCHW.to(device), batch.labels_B.to(device), self._update)
+                metrics = self.rule.step(
+                    batch.clip_BTCHW.to(device), self.task.labels_of(batch).to(device), self._update
+                )
             values = {name: float(value) for name, value in metrics.items()}
             if not all(map(torch.isfinite, map(torch.tensor, values.values()))):
                 raise NotFinite(f"the rule reports {values}")
@@ -140,6 +147,13 @@ class Loop:
         if self.accelerator.is_main_process and batch.number % every == 0:
             place = {"kind": "batch", "epoch": at.epoch, "batch": batch.number}
             self.folder.note({**place, "lr": self._rate(), **values})
+
+    def _diagnose(self, batch: Batch) -> None:
+        """How wrong the gradients on this batch's first clips would be; changes nothing but the file about it."""
+        device, at = self.accelerator.device, self.at
+        where = {"epoch": at.epoch, "batch": batch.number, "num_updates": at.num_updates, "lr": self._rate()}
+        found = self.rule.diagnose(batch.clip_BTCHW.to(device), self.task.labels_of(batch).to(device))  # type: ignore[attr-defined]
+        self.folder.note(*(where | record for record in found), name=DIAGNOSTICS)
 
     def _rate(self) -> float:
         """Of the update that the current batch belongs to."""
@@ -176,14 +190,15 @@ class Loop:
         if self.config.precision != "fp16" and not torch.isfinite(norm):  # fp16's scaler passes such updates over
             raise NotFinite(f"the length of the gradient is {float(norm)}")
 
-    def _evaluate(self) -> Evaluation | None:
+    def _evaluate(self) -> Scores | None:
         is_last = self.at.epoch + 1 == self.config.epochs
         if self.test_loader is None or not (is_last or (self.at.epoch + 1) % self.config.evaluate_every == 0):
             return None
         batches, gather = self.test_loader.batches(0), gather_objects(self.accelerator)
-        return evaluate(self.net, batches, device=self.accelerator.device, gather=gather)
+        net, task = judged(self.rule, self.net, self.task)
+        return task.evaluate(net, batches, device=self.accelerator.device, gather=gather)
 
-    def _epoch_record(self, found: Evaluation | None, clips_per_second: float) -> dict[str, Any]:
+    def _epoch_record(self, found: Scores | None, clips_per_second: float) -> dict[str, Any]:
         at = self.at
         self._count_seconds()
         record = {
@@ -191,19 +206,20 @@ class Loop:
             "epoch": at.epoch,
             "updates": at.num_updates,
             "train_loss": at.loss_sum / at.num_clips,
-            "train_accuracy": at.correct_sum / at.num_clips,
+            **({"train_accuracy": at.correct_sum / at.num_clips} if self.task.measures_training else {}),
             "clips_per_second": clips_per_second,
             "seconds": at.seconds,
             "num_skipped": len(self.train_loader.dataset.skipped),
         }
         if found is not None:
-            record |= {"test_loss": found.loss, "test_accuracy": found.accuracy, "test_records": found.num_records}
+            scores = {f"test_{name}": value for name, value in found.values.items()}
+            record |= {"test_loss": found.loss, **scores, "test_records": found.num_records}
         return record
 
     def _next_epoch(self, record: dict[str, Any]) -> None:
         """Keep the best weights, and decide whether to go on."""
         at = self.at
-        score = record.get("test_accuracy") if self.test_loader is not None else -record["train_loss"]
+        score = record.get(f"test_{self.task.score}") if self.test_loader is not None else -record["train_loss"]
         if score is not None and (at.best_score is None or score > at.best_score):
             at.best_score, at.epochs_since_best = score, 0
             if self.accelerator.is_main_process:
@@ -217,7 +233,7 @@ class Loop:
     def save(self) -> None:
         """A checkpoint, and the same weights as ``last.safetensors``."""
         self._count_seconds()
-        self.at.log_bytes = self.folder.log_bytes()
+        self.at.log_bytes, self.at.diagnostics_bytes = self.folder.log_bytes(), self.folder.log_bytes(DIAGNOSTICS)
         if self.accelerator.is_main_process:
             rule_state = self.rule.state_dict() if hasattr(self.rule, "state_dict") else {}
             save_checkpoint(self.folder.path, self.model, self.optimizers, asdict(self.at), rule_state)
