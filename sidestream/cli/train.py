@@ -59,7 +59,8 @@ def train(
 ) -> int:
     """Train a model on labelled clips: a folder of class-named folders, a CSV manifest, or a data set by name.
 
-    Writes RUN/config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors and curve.png. A run
+    Writes RUN/config.json, log.jsonl, last.safetensors, best.safetensors, checkpoint.safetensors and curve.png, and
+    for the tasks that draw or find keypoints samples.png. A run
     that was stopped, in whatever way, is taken up with `sidestream train --resume RUN`, and ends with the weights that
     it would have had.
 
@@ -78,8 +79,8 @@ def train(
         seed: of the initial weights, the clips, their order and dropout.
         rule: who computes the gradients: backprop, or in stages side by side, frame by frame: exact (the same
             gradients) or sideways (without waiting; right where frames change slowly).
-        skips: none, or how each layer joins the output of the layer before the last (vgg8, simple_cnn): add, concat,
-            projection.
+        skips: none, or how each layer joins the output of the layer before the last (vgg8, simple_cnn; not add:
+            conv_autoencoder, keypoint_cnn): add, concat, projection.
         update: exact, sideways: once per clip (a batch of clips), every tick, or every N ticks.
         target: exact, sideways: of the frame that is answered, or of the newest.
         loss_delay: sideways: 1 takes the loss one tick later.
@@ -91,8 +92,9 @@ def train(
         state_ticks: exact, sideways: over how many ticks a gradient crosses the state of a stage.
         bptt_frames: backprop: truncated, with an update every so many frames (default: the whole clip).
         task: clip (the loss of the clip's logits) or frame (of every frame's; always so with exact and sideways);
-            autoencode, future (draw the frame, or one to come); keypoints (heat maps).
-        horizon: future: how many frames ahead.
+            autoencode, future (draw the frame, or one to come; conv_autoencoder); keypoints (heat maps; keypoint_cnn,
+            or any clip model, which gets such a head; jhmdb and synthetic).
+        horizon: future: how many frames after the newest one that was seen.
         diagnose: compare the gradients with the true ones in every so many batches (default: never).
         optimizer: any of torch.optim by name.
         weight_decay: of weights, not of biases and norms.
@@ -102,7 +104,7 @@ def train(
         accumulate: batches whose gradients make one update.
         precision: no (float32), bf16 or fp16.
         device: auto (a GPU where there is one) or cpu.
-        patience: stop after so many epochs without a better test accuracy.
+        patience: stop after so many epochs without a better test score.
         weights: to start from: random, default (the library's own), or a file.
         split: of a data set by name: jhmdb 1, 2 or 3; weizmann the held-out actors, such as daria,eli.
         root: folder that holds the data sets by name (default: the environment variable SIDESTREAM_DATA).
@@ -145,7 +147,6 @@ def _defaults() -> dict[str, Any]:
 
 
 def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
-    from sidestream.models import create_model
     from sidestream.train import TrainConfig, fit
     from sidestream.train.folder import RunFolder
     from sidestream.train.hardware import seed_all
@@ -160,13 +161,44 @@ def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
     train_data, test_data = _data(options)
     seed_all(config.seed)
     given = None if options["weights"] == "random" else options["weights"]
-    net = create_model(options["model"], num_classes=train_data.num_classes, weights=given)
+    net = _model(options["model"], config.task, train_data, given)
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if name not in ("resume", "out")}
     result = fit(net, train_data, test_data, config=config, out=out, resume=is_resumed, about={"command": plain})
-    accuracy = "" if result.test_accuracy is None else f", test accuracy {result.test_accuracy:.4f}"
+    scores = _final_scores(result.test_scores)
     skipped = f", {len(result.skipped)} unreadable clips skipped" if result.skipped else ""
-    print(f"{options['model']} on {options['data']}: {result.num_epochs} epochs{accuracy}{skipped}; {out}")
+    print(f"{options['model']} on {options['data']}: {result.num_epochs} epochs{scores}{skipped}; {out}")
     return 0
+
+
+SHOWN = {"accuracy": "accuracy", "psnr": "PSNR", "pck_0.1": "PCK@0.1", "pck_0.2": "PCK@0.2", "error_px": "error"}
+"""Scores of the last line, and what they are called there."""
+BASELINES = ("repeat_psnr", "mean_frame_psnr", "mean_pose_pck_0.2")
+
+
+def _final_scores(scores: dict[str, float]) -> str:
+    """For the last line: what the net came to, and in brackets what answers that need no net come to."""
+    own = "".join(f", test {title} {_number(name, scores[name])}" for name, title in SHOWN.items() if name in scores)
+    others = []
+    for name in BASELINES:
+        if name in scores:
+            score = next(each for each in SHOWN if name.endswith(f"_{each}"))
+            others.append(f"{name.removesuffix(f'_{score}').replace('_', ' ')} {_number(score, scores[name])}")
+    return own + (f" ({', '.join(others)})" if others else "")
+
+
+def _number(name: str, value: float) -> str:
+    units = {"psnr": (2, " dB"), "error_px": (2, " px")}
+    digits, unit = units.get(name, (4, ""))
+    return f"{value:.{digits}f}{unit}"
+
+
+def _model(name: str, task: str, data: Any, weights: str | None) -> Any:
+    """A model by name, with a head for the task."""
+    from sidestream.models import create_model
+
+    if task == "keypoints":
+        return create_model(name, num_classes=len(data.points.names), weights=weights, head="keypoints")
+    return create_model(name, num_classes=data.num_classes if task in ("clip", "frame") else None, weights=weights)
 
 
 def _data(options: dict[str, Any]) -> tuple[Any, Any]:
@@ -191,6 +223,7 @@ def _data(options: dict[str, Any]) -> tuple[Any, Any]:
         cache_bytes=options["cache_mib"] * 2**20,
     )
     shared = {"split": options["split"], "root": options["root"], "spec": spec, "options": clips}
+    shared["with_points"] = options["task"] == "keypoints"
     train_data = open_dataset(options["data"], part="train", **shared)
     return train_data, open_dataset(options["data"], part="test", **shared)
 

@@ -20,9 +20,12 @@ CHOICES: dict[str, tuple[int | str, ...]] = {
     "keep": ("graph", "inputs", "inputs and weights"),
     "executor": ("inline", "threads"),
     "loss_delay": (0, 1),
+    "distill_frame": ("oldest", "newest"),
 }
 DEPTH_PARALLEL = ("exact", "sideways")
 """Rules that train a net's stages side by side; the fields from ``update`` on are theirs."""
+ON_CIRCUITS = (*DEPTH_PARALLEL, "unrolled")
+"""Rules whose nets are circuits, which answer every frame, late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class TrainConfig:
     """Who computes the gradients: a name in ``train.rules.RULES``."""
     task: str = "clip"
     """"clip": the loss of the clip's logits; "frame": of every frame's (``model.answers``), each with the clip's
-    label, and their mean is what is evaluated."""
+    label, and their mean is what is evaluated; "autoencode", "future" and "keypoints": maps for every frame, see
+    ``train.tasks``."""
     optimizer: str = "sgd"
     """Any class of torch.optim by name, in any case: "sgd" (with Nesterov's momentum), "adamw", "rmsprop" ..."""
     lr: float = 0.01
@@ -92,11 +96,21 @@ class TrainConfig:
     """Compare the rule's gradients with the true ones in every so many batches (``train.diagnose``); 0: never."""
     num_stages: int | None = None
     """Stages of equal cost that the net is cut into; None: one per layer where the net says which (VGG-8), else 4."""
+    wiring: str = "parallel"
+    """Unrolled: how the net's stages are wired, by name (``circuit.wiring.wire``); also when it is evaluated."""
+    feedback_wire: bool = False
+    """Unrolled: the last answer goes back into an early stage (par_densenet, par_inception)."""
+    teacher: str | None = None
+    """Unrolled: weights of the sequential net, to start from and to distil from."""
+    distill: float = 0.0
+    """Unrolled: weight of the distance to the activations of the sequential net; 0: no distillation."""
+    distill_frame: str = "oldest"
+    """Unrolled: a stage is compared with the teacher's on the "oldest" or "newest" frame that it has seen."""
 
     @property
     def answers_task(self) -> str:
         """What the evaluation asks for: depth-parallel rules take the loss of every frame, whatever ``task`` says."""
-        return "frame" if self.rule in DEPTH_PARALLEL else self.task
+        return "frame" if self.rule in ON_CIRCUITS and self.task == "clip" else self.task
 
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
@@ -114,6 +128,7 @@ class TrainConfig:
             "checkpoint_minutes",
             "state_ticks",
             "diagnose",
+            "distill",
         ):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
@@ -129,6 +144,8 @@ class TrainConfig:
             raise InputError(f"update is {self.update!r}; expected 'clip', 'tick' or a number of ticks from 1 on")
         if self.bptt_frames is not None and self.bptt_frames < 1:
             raise InputError(f"bptt_frames is {self.bptt_frames}; give 1 or more, or None for the whole clip")
+        if self.distill and self.teacher is None:
+            raise InputError(f"distill is {self.distill}, but there is no teacher; give the sequential net's weights file")
         if self.num_stages is not None and self.num_stages < 2:
             raise InputError(f"num_stages is {self.num_stages}; give 2 or more: a single stage has no depth to share")
 

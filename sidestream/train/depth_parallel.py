@@ -18,18 +18,24 @@ from torch.optim import Optimizer
 from sidestream.circuit.ages import mixes_ages
 from sidestream.circuit.wire import Circuit
 from sidestream.engine import run
+from sidestream.engine.rules.direct import DirectFeedback
 from sidestream.engine.rules.exact import Exact
 from sidestream.engine.rules.place import parameters_of
 from sidestream.engine.rules.sideways import Sideways
-from sidestream.engine.rules.training import StageGradient, TrainingRule
+from sidestream.engine.rules.training import Observer, StageGradient, TrainingRule
 from sidestream.errors import InputError, StageError
-from sidestream.train.answering import cross_entropy
+from sidestream.nn.feedback_alignment import own_feedback
 from sidestream.train.config import TrainConfig
+from sidestream.train.diagnose import gradient_errors
+from sidestream.train.diagnostics import NUM_CLIPS, stage_records
+from sidestream.train.feedback import give_feedback
+from sidestream.train.gradient_bound import row_of
+from sidestream.train.gradient_error import GradientError
 from sidestream.train.rules import MakeOptimizer, Metrics, NotFinite, StepContext, Update, check_finite
-from sidestream.train.stages import circuit_of
-
-IGNORED = -100
-"""The label of clips that only fill up a batch; cross entropy leaves it out."""
+from sidestream.train.stages import circuit_of, ticks_to_learn
+from sidestream.train.tasks import IGNORED, Task
+from sidestream.train.undisturbed import undisturbed
+from sidestream.types import NOTHING
 
 
 class DepthParallel:
@@ -43,11 +49,20 @@ class DepthParallel:
         check_options(context.config, context.model)
         if context.example_BTCHW is None:
             raise InputError(f"the rule {kind!r} needs an example: StepContext(..., example_BTCHW=a batch of clips)")
-        self._config, self._kind = context.config, kind
+        self._config, self._kind, self._task = context.config, kind, context.task
         self._batch_size, num_frames = context.example_BTCHW.shape[:2]
+        self._state_ticks = min(context.config.state_ticks, num_frames)
+        give_feedback(context.model, context.config)
         self._circuit, self._takes_any_batch = circuit_of(
             context.model, context.example_BTCHW[:, 0], context.config.num_stages
         )
+        self._model = context.model
+        if context.config.diagnose and context.config.feedback == "random" and not self._takes_any_batch:
+            raise InputError(
+                f"diagnose={context.config.diagnose} with feedback='random' on a net that is cut: its stages have no "
+                "other backward to compare with; take a net that says what its layers are, such as vgg8"
+            )
+        self._task.align(self._circuit)
         check_length(self._circuit, num_frames, kind, context.config)
         self._groups = [own for own in parameters_of(self._circuit.stages) if own]
         self._rule: TrainingRule = self._make_rule(None)
@@ -68,12 +83,14 @@ class DepthParallel:
     def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
         num_clips = len(labels_B)
         clip_BTCHW, labels_B = self._filled(clip_BTCHW, labels_B)
-        loss_sum, logits_sum, num_answers = 0.0, torch.zeros(()), 0
+        loss_sum, answers_sum, num_answers = 0.0, torch.zeros(()), 0
         try:
-            pairs = _pairs(clip_BTCHW, labels_B)
+            pairs = _pairs(clip_BTCHW, labels_B, self._task)
             for answer in run(self._circuit, pairs, rule=self._rule, executor=self._config.executor):
-                loss_sum, num_answers = loss_sum + (answer.loss or 0.0), num_answers + 1
-                logits_sum = logits_sum + answer.value.detach()
+                if answer.loss is not None:
+                    loss_sum, num_answers = loss_sum + answer.loss, num_answers + 1
+                if self._task.measures_training and answer.value is not NOTHING:
+                    answers_sum = answers_sum + answer.value.detach()
         except StageError as error:
             if isinstance(error.__cause__, NotFinite):
                 raise NotFinite(str(error.__cause__)) from error
@@ -83,8 +100,10 @@ class DepthParallel:
             update(range(len(self._groups)))
         else:
             _check_weights(self._groups)
-        correct_B = logits_sum[:num_clips].argmax(-1) == labels_B[:num_clips]
-        return {"loss": torch.tensor(loss_sum / num_answers), "accuracy": correct_B.float().mean()}
+        more: Metrics = {}
+        if self._task.measures_training:
+            more = self._task.train_metrics(answers_sum[:num_clips], labels_B[:num_clips])
+        return {"loss": torch.tensor(loss_sum / max(1, num_answers)), **more}
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside optimisers and weights: gradients gathered since the stages' last steps."""
@@ -101,19 +120,52 @@ class DepthParallel:
         stages = [{**a, **b} for a, b in zip(own["stages"], state["stages"], strict=True)]
         self._rule.load_state_dict({**own, "stages": stages})
 
-    def _make_rule(self, make: MakeOptimizer | None) -> TrainingRule:
+    def diagnose(self, clip_BTCHW: Tensor, labels_B: Tensor) -> list[dict[str, Any]]:
+        """How wrong the gradients on the first of these clips are, a record per stage (``train.diagnose``).
+
+        Weights, optimisers and random numbers are left as they were. Nothing is said of clips with a loss that is NaN.
+        """
+        clip_BTCHW, labels_B = self._filled(clip_BTCHW[:NUM_CLIPS], labels_B[:NUM_CLIPS])
+        own = [optimizer for optimizer in self._rule.optimizers if optimizer is not None]
+        of = {id(p): optimizer for optimizer in own for group in optimizer.param_groups for p in group["params"]}
+        loss = functools.partial(_loss, task=self._task)
+        targets = [each for each in self._task.fed_targets(clip_BTCHW, labels_B) if each is not NOTHING]
+        frames = list(clip_BTCHW.unbind(1))[: len(targets)]
+
+        def rule(_: Any, *, observe: Observer, optimizers: Any, **__: Any) -> TrainingRule:
+            return self._make_rule(optimizers, observe)
+
+        def errors(**options: Any) -> list[GradientError]:
+            shared: dict[str, Any] = {"rule": rule, "target": self._config.target}
+            shared["truth"] = functools.partial(own_feedback, self._model)
+            return gradient_errors(self._circuit, frames, targets, loss, **shared, **options)
+
+        is_plain = self._config.feedback == "own" and self._config.target == "answered"
+        try:
+            frozen = errors(bounds=is_plain and row_of(self._circuit) is not None, state_ticks=self._state_ticks)
+            if not own or any(stage.init_state is not None for stage in self._circuit.stages):
+                return stage_records(frozen)
+            with undisturbed(self._circuit, own):
+                return stage_records(frozen, errors(optimizers=lambda parameters: of[id(next(iter(parameters)))]))
+        except StageError:
+            return []
+
+    def _make_rule(self, make: MakeOptimizer | None, observe: Observer | None = None) -> TrainingRule:
         config = self._config
         options: dict[str, Any] = {
             "optimizers": None if make is None else lambda parameters: make(parameters),
             "update": "manual" if config.update == "clip" else config.update,
             "max_norm": None if config.update == "clip" else config.clip_norm,
             "target": config.target,
-            "observe": _check_gradient,
+            "observe": observe or _check_gradient,
         }
-        loss = functools.partial(_loss, label_smoothing=config.label_smoothing)
+        loss = functools.partial(_loss, task=self._task)
+        if config.feedback == "direct":
+            keep = config.keep if self._kind == "exact" else "nothing"
+            return DirectFeedback(loss, keep=keep, loss_delay=config.loss_delay, seed=config.seed, **options)
         if self._kind == "exact":
-            return Exact(loss, keep=config.keep, **options)
-        return Sideways(loss, loss_delay=config.loss_delay, **options)
+            return Exact(loss, keep=config.keep, state_ticks=self._state_ticks, **options)
+        return Sideways(loss, loss_delay=config.loss_delay, state_ticks=self._state_ticks, **options)
 
     def _hand_over(self) -> None:
         """Add the clip's mean gradients to ``.grad``."""
@@ -148,6 +200,10 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
             f"update={config.update!r} changes weights that a kept graph still needs; use update='clip', or "
             "keep='inputs' or 'inputs and weights'"
         )
+    if config.feedback == "direct" and config.rule == "exact" and config.keep == "inputs and weights":
+        raise InputError("keep='inputs and weights' with feedback='direct'; it keeps a 'graph', or 'inputs'")
+    if config.feedback == "direct" and config.state_ticks:
+        raise InputError(f"state_ticks={config.state_ticks} with feedback='direct', which crosses no state; give 0")
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
     if config.executor == "threads" and drops:
         raise InputError(
@@ -159,12 +215,14 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
 def check_length(circuit: Circuit, num_frames: int, kind: str, config: TrainConfig) -> None:
     """Raises ``InputError`` for clips in which not every stage gets a gradient (exact: that never fill the pipeline).
 
-    In a row under Sideways, stage 1 has one from tick 2 (K - 1) on. A circuit whose skips mix ages is fed the last
-    frame until all are answered, so K frames are enough.
+    In a row under Sideways, stage 1 has one from tick 2 (K - 1) on; with direct feedback all have from tick K on. A
+    circuit whose skips mix ages is fed the last frame until all are answered, so K frames are enough.
     """
     K = circuit.num_stages
     delay = config.loss_delay if kind == "sideways" else 0
-    least = K + delay if kind == "exact" or mixes_ages(circuit) else 2 * (K - 1) + 1 + delay
+    least = K + delay if kind == "exact" or mixes_ages(circuit) else ticks_to_learn(circuit, delay)
+    if config.feedback == "direct" and kind == "sideways":
+        least = K + 1
     if num_frames < least:
         raise InputError(
             f"a clip of {num_frames} frames is too short for the pipeline: under {kind!r}, {K} stages need {least} or "
@@ -172,18 +230,12 @@ def check_length(circuit: Circuit, num_frames: int, kind: str, config: TrainConf
         )
 
 
-def _pairs(clip_BTCHW: Tensor, labels_B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    return ((frame_BCHW, labels_B) for frame_BCHW in clip_BTCHW.unbind(1))
+def _pairs(clip_BTCHW: Tensor, labels_B: Tensor, task: Task) -> Iterator[tuple[Tensor, Any]]:
+    return zip(clip_BTCHW.unbind(1), task.fed_targets(clip_BTCHW, labels_B), strict=True)
 
 
-def _loss(logits_BN: Tensor, labels_B: Tensor, *, label_smoothing: float) -> Tensor:
-    if not isinstance(logits_BN, Tensor) or logits_BN.ndim != 2:
-        raise InputError(f"the net answers {getattr(logits_BN, 'shape', type(logits_BN))}, not class logits (B, N)")
-    num_classes = logits_BN.shape[1]
-    wrong = labels_B[(labels_B != IGNORED) & ((labels_B < 0) | (labels_B >= num_classes))]
-    if len(wrong):
-        raise InputError(f"label {int(wrong[0])} is out of range: the net answers classes 0 to {num_classes - 1}")
-    loss = cross_entropy(logits_BN.unsqueeze(1), labels_B, label_smoothing)
+def _loss(answer: Any, target: Any, *, task: Task) -> Tensor:
+    loss = task.frame_loss(answer, target)
     check_finite(loss)
     return loss
 

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sidestream.errors import InputError
-from sidestream.train.answering import cross_entropy
 from sidestream.train.config import TrainConfig
+from sidestream.train.feedback import direct_feedback, give_feedback
+from sidestream.train.skip_net import SkipNet
+from sidestream.train.tasks import Task, make_task
 
 Update = Callable[[Sequence[int]], None]
 """Apply and clear the gradients of the optimisers with these numbers."""
@@ -39,7 +41,8 @@ class TrainStep(Protocol):
         ...
 
     def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
-        """Work through one batch: forward, backward, and ``update`` when gradients are ready.
+        """Work through one batch: forward, backward, and ``update`` when gradients are ready. ``labels_B``: what the
+        task takes from a batch (``Task.labels_of``): classes (B,), keypoints (B, T, P, 3).
 
         It must not call ``update`` with a loss that is NaN or infinite (``check_finite`` raises for it).
         """
@@ -59,25 +62,48 @@ class StepContext:
     """Use this instead of ``loss.backward()``: it scales for fp16."""
     example_BTCHW: Tensor | None = None
     """A whole batch of the clips that will come, on the device of the model."""
+    task: Task = None  # type: ignore[assignment]
+    """Where the loss comes from; by default made from ``config``."""
+
+    def __post_init__(self) -> None:
+        if self.task is None:
+            object.__setattr__(self, "task", make_task(self.config))
 
 
 class Backprop:
     """Forward over the whole clip, one backward, one update: for recurrent models this is full BPTT."""
 
     def __init__(self, context: StepContext) -> None:
-        self._context = context
+        self._context, self._task = context, context.task
+        give_feedback(context.model, context.config)
+        self._around_forward = direct_feedback(context.model, context.config)
+        if isinstance(context.model, SkipNet):
+            self._task.align(context.model.circuit())
 
     def make_optimizers(self, make: MakeOptimizer) -> list[Optimizer]:
         return [make(p for p in self._context.model.parameters() if p.requires_grad)]
 
     def step(self, clip_BTCHW: Tensor, labels_B: Tensor, update: Update) -> Metrics:
-        logits_BTN = self._context.net(clip_BTCHW)
-        loss = cross_entropy(logits_BTN, labels_B, self._context.config.label_smoothing)
+        with self._around_forward():
+            answers = self._context.net(clip_BTCHW)
+        loss = self._task.clip_loss(answers, clip_BTCHW, labels_B)
         check_finite(loss)
         self._context.backward(loss)
         update((0,))
-        correct_B = logits_BTN.detach().mean(1).argmax(-1) == labels_B
-        return {"loss": loss.detach(), "accuracy": correct_B.float().mean()}
+        more = self._task.train_metrics(answers.detach().mean(1), labels_B) if self._task.measures_training else {}
+        return {"loss": loss.detach(), **more}
+
+
+def _backprop(context: StepContext) -> TrainStep:
+    from sidestream.train.truncated import TruncatedBackprop
+
+    return Backprop(context) if context.config.bptt_frames is None else TruncatedBackprop(context)
+
+
+def _unrolled(context: StepContext) -> TrainStep:
+    from sidestream.train.predictive import Predictive
+
+    return Predictive(context)
 
 
 def _exact(context: StepContext) -> TrainStep:
@@ -92,8 +118,18 @@ def _sideways(context: StepContext) -> TrainStep:
     return DepthParallel(context, "sideways")
 
 
-RULES: dict[str, Callable[[StepContext], TrainStep]] = {"backprop": Backprop, "exact": _exact, "sideways": _sideways}
+RULES: dict[str, Callable[[StepContext], TrainStep]] = {
+    "backprop": _backprop,
+    "exact": _exact,
+    "sideways": _sideways,
+    "unrolled": _unrolled,
+}
 """A rule joins by a line here."""
+
+
+def judged(rule: TrainStep, net: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+    """What evaluations look at: ``net`` and ``task``, or what the rule says its net will run as."""
+    return rule.judged(task) if hasattr(rule, "judged") else (net, task)
 
 
 def rule_by_name(name: str) -> Callable[[StepContext], TrainStep]:

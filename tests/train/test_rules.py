@@ -267,7 +267,7 @@ REFUSED: list[tuple[Any, dict[str, Any], str]] = [
     (lambda: net(1, num_layers=10), {"rule": "exact"}, "10 stages need 10 or more"),
     (lambda: net(1, num_layers=10), {"rule": "sideways", "skips": "projection"}, "10 stages need 10 or more"),
     (lambda: net(1, num_layers=2), {"rule": "sideways", "skips": "concat"}, "has 2 layers; the first skip"),
-    (lambda: create_model("cnn_gru", num_classes=4), {"rule": "exact"}, "carries a state from frame to frame"),
+    (lambda: create_model("tsm_mobilenet_v2", num_classes=4), {"rule": "exact"}, "TSM looks ahead.* 10 frames late"),
     (lambda: vgg8(4, width=0.05), {"rule": "exact", "skips": "add"}, "frames of 12 x 12 px|use skips='projection'"),
     (net, {"rule": "exact", "update": "tick"}, "changes weights that a kept graph still needs"),
     (lambda: net(1, batch_norm=True).eval(), {"rule": "exact", "keep": "inputs"}, "would not repeat the first"),
