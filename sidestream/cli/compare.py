@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from sidestream.cli.early import check_files
 from sidestream.errors import InputError
 
 if TYPE_CHECKING:
@@ -46,10 +48,6 @@ def compare(
         threads: threads of every measurement (default: all cores).
         device: cpu or cuda.
     """
-    from sidestream.evals.compare import Setting
-    from sidestream.evals.compare_talk import DEFAULT_MODELS
-    from sidestream.report.measure import num_cores
-
     for flag, value in (
         ("num-frames", num_frames),
         ("size", size),
@@ -60,6 +58,16 @@ def compare(
     ):
         if value is not None and value < 1:
             raise InputError(f"--{flag} {value}; expected 1 or more")
+    check_files("--accuracy", accuracy)
+    from sidestream.evals.compare import Setting, check_parts
+    from sidestream.evals.compare_talk import DEFAULT_MODELS
+    from sidestream.models.create import check_model
+    from sidestream.report.measure import num_cores
+
+    check_parts(parts.split(","))
+    _check_device(device)
+    for name in models:
+        check_model(name)
     setting = Setting(
         num_frames=num_frames,
         size_px=size,
@@ -97,13 +105,29 @@ def measure_to(out: Path, models: tuple[str, ...], setting: Setting, parts: list
     own = (asdict(setting) | {"lengths": list(setting.lengths)}, machine())
     if any((r["setting"], r["machine"]) != own for r in records):
         raise InputError(f"{path} holds results of other settings or of another machine; give another --out")
-    with json_lines(path, append=True) as write, Console(stderr=True).status("starting") as status:
+    console = Console(stderr=True)
+    with json_lines(path, append=True) as write, console.status("starting") as status:
         for record in compare(models, setting, parts=parts, done=list(records), say=status.update):
             write(record)
             records.append(record)
             if reason := record.get("error") or record.get("skipped"):
                 print(f"{record['part']}, {record['model']}: {reason}")
+            elif not console.is_terminal:  # where no spinner says what is being done
+                print(_what(record), file=sys.stderr, flush=True)
     return records
+
+
+def _what(record: dict[str, Any]) -> str:
+    """Which measurement a record is, in a line."""
+    which = (str(record.get("work") or ""), *(f"{n} {record[n]}" for n in ("num_frames", "repeat") if record.get(n)))
+    return f"{record['part']}, {record['model']}: {' '.join(filter(None, which)) or 'done'}"
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}, but torch sees no GPU; use cpu, or see sidestream doctor")
 
 
 def show(out: Path, records: list[dict[str, Any]], num_frames: int, accuracy: tuple[Path, ...]) -> None:

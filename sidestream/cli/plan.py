@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sidestream.circuit.wire import Circuit
 from sidestream.errors import InputError, ModelError
 from sidestream.types import InputSpec
+
+if TYPE_CHECKING:
+    from sidestream.circuit.wire import Circuit
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,9 @@ class ModelFlags:
     executor: str = "auto"
     backend: str = "eager"
     threads: int | None = None
+    head: str = "classes"
+    takes_points: bool = False
+    """Whether the command can do with keypoints as answers."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,26 @@ class Plan:
     labels: tuple[str, ...] | None
     note: str = ""
     input_spec: InputSpec = field(default_factory=InputSpec)
+    has_points: bool = False
+    """Answers are heat maps of keypoints, not logits of classes."""
+
+
+def check_flags(flags: ModelFlags) -> None:
+    """Raises ``InputError`` for what is wrong with the flags alone, before a model is made."""
+    parse_num_stages(flags.stages)
+    if flags.threads is not None and flags.threads < 1:
+        raise InputError(f"--threads {flags.threads}; expected 1 or more")
+    from sidestream.engine import EXECUTORS
+    from sidestream.engine.backends import BACKENDS, require_backend
+    from sidestream.models.create import check_model
+
+    _one_of("executor", flags.executor, EXECUTORS)
+    _one_of("backend", flags.backend, (*BACKENDS, "auto"))
+    if flags.backend != "auto":
+        require_backend(flags.backend)
+    else:
+        _check_free_to_choose(flags)
+    check_model(flags.model, flags.weights, flags.labels)
 
 
 def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress: Any = None) -> Plan:
@@ -48,24 +73,19 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
 
     from sidestream.circuit.cut import cut
     from sidestream.circuit.wiring import wire
-    from sidestream.engine import EXECUTORS
-    from sidestream.engine.backends import BACKENDS, compile_stages, cut_for_backend, require_backend
+    from sidestream.engine.backends import compile_stages, cut_for_backend
     from sidestream.engine.tune import tune
 
-    _one_of("executor", flags.executor, EXECUTORS)
-    _one_of("backend", flags.backend, (*BACKENDS, "auto"))
-    if flags.backend != "auto":
-        require_backend(flags.backend)
-    if flags.threads is not None and flags.threads < 1:
-        raise InputError(f"--threads {flags.threads}; expected 1 or more")
+    check_flags(flags)
     num_stages = parse_num_stages(flags.stages)
     say = on_progress or (lambda text: None)
     say(f"loading {flags.model}")
     model, labels, spec = load_model(flags)
+    info = info_of(model)
+    has_points = info is not None and info.task == "keypoints"
     example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
     name = flags.model.rpartition("/")[2]
     if flags.backend == "auto" or (flags.executor == "auto" and flags.wiring == "pipelined" and not flags.cut):
-        _check_free_to_choose(flags)
         tuned = tune(
             model,
             example,
@@ -76,8 +96,8 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
             on_progress=say,
         )
         circuit = tuned.circuit.replace(name=name, input_spec=spec)
-        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec)
-    say(f"cutting {flags.model} for {flags.backend}")
+        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec, has_points)
+    say(f"cutting {flags.model} for {flags.backend}: measuring what its layers cost")
     cut_options: dict[str, Any] = {
         "num_stages": num_stages,
         "name": name,
@@ -88,7 +108,7 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
         stages = compile_stages(cut(model, example, cut=flags.cut or None, **cut_options), flags.backend)
     else:
         stages = cut_for_backend(model, example, flags.backend, **cut_options)
-    return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec)
+    return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec, has_points)
 
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
+from sidestream.cli.early import check_source
 from sidestream.errors import InputError, ModelError, SidestreamError, SourceError, StageError, WriteError
 from sidestream.types import Frame, InputSpec
 
@@ -47,13 +48,16 @@ def predict(
         json: file to write the answer to.
         num_classes: classes of the model's head, where they are not the library's.
     """
-    from sidestream.models import create_model, info_of
-    from sidestream.report.record import write_text
-
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
-    _check_ends(source)
+    check_source(source)
     _check_writable(json)
+    from sidestream.models import create_model, info_of
+    from sidestream.models.create import check_model
+    from sidestream.report.record import write_text
+
+    _check_ends(source)
+    check_model(model, weights, labels)
     with _status() as say:
         say(f"loading {model}")
         given = None if weights == "random" else weights

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
-from sidestream.cli.plan import ModelFlags, Plan, make_plan
+from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
 from sidestream.errors import InputError, SidestreamError, WriteError
 
 
@@ -58,36 +59,40 @@ def run(
         frame_rate: frames per second of a folder, the synthetic source or a camera.
         num_classes: classes of the model's head, where they are not the library's.
     """
+    if top_k < 1:
+        raise InputError(f"--top-k {top_k}; expected 1 or more")
+    check_source(source)
+    for flag, path in (("--out", out), ("--json", json)):
+        check_target(flag, path, source)
     from sidestream.clock import WallClock
     from sidestream.engine import run as run_circuit
     from sidestream.video import stream
     from sidestream.video.write import FORMATS
 
-    if top_k < 1:
-        raise InputError(f"--top-k {top_k}; expected 1 or more")
-    for flag, path in (("--out", out), ("--json", json)):
-        check_target(flag, path, source)
     if out is not None and out.suffix.lower() not in FORMATS:
         raise WriteError(f"--out {out}: suffix {out.suffix!r} is not known; use one of {', '.join(FORMATS)}")
+    flags = ModelFlags(model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads)
+    check_flags(flags)
     clock = WallClock()
     frames = stream(
         source, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate
     )
     with frames:
-        flags = ModelFlags(model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads)
         live_rate = frames.info.frame_rate if frames.wants_latency else None
         with _status() as say:
             plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
         frames.catch_up()  # what came while the model was made ready does not count
         job = Job(plan, frames, top_k=top_k)
-        job.running = run_circuit(
-            plan.circuit,
-            job.watched() if out else frames,
-            executor=plan.executor,
-            prepare=plan.input_spec,
-            num_threads=threads,
-            clock=clock,
-        )
+        with _status() as say:
+            say("starting" if plan.executor != "auto" else f"measuring which executor is best for {model}")
+            job.running = run_circuit(
+                plan.circuit,
+                job.watched() if out else frames,
+                executor=plan.executor,
+                prepare=plan.input_spec,
+                num_threads=threads,
+                clock=clock,
+            )
         job.work(out, json)
         job.report(f"{model} on {source}")
         return 130 if job.was_interrupted else 0

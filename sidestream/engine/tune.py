@@ -61,15 +61,15 @@ def tune(
     """
     search = _Search(model, example, num_threads or num_cores(), seconds)
     names = _backend_names(backends)
+    say = on_progress or (lambda text: None)
+    say("measuring what the layers cost, to cut the model into stages")
     cuts = _cuts(model, example, num_stages, search.num_threads)
     if any(stage.hides_state for stage in cuts[-1]):
         why = "the model keeps state in its buffers, which trials would change"
         return Tuned(pipelined(cuts[-1]), "threads", "eager", why, ())
     for stages in cuts:
         for name in names:
-            if on_progress:
-                on_progress(f"{name}, {len(stages)} stages")
-            search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto")
+            search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto", say=say)
     best, reason = pick(tuple(f.trial for f in search.found), frame_rate)
     found = next(f for f in search.found if f.trial is best)
     return Tuned(found.circuit, best.executor, found.backend, reason, tuple(f.trial for f in search.found))
@@ -92,14 +92,17 @@ class _Search:
     seconds: float
     found: list[_Found] = field(default_factory=list)
 
-    def try_backend(self, stages: Stages, backend: str, *, is_only_cut: bool, may_fail: bool) -> None:
+    def try_backend(
+        self, stages: Stages, backend: str, *, is_only_cut: bool, may_fail: bool, say: Callable[[str], None]
+    ) -> None:
         """Trials of one back end on one cut."""
         try:
             for executor in self._executors(stages, is_only_cut=is_only_cut):
+                setting = f"{backend} in {len(stages)} stage{'s' * (len(stages) > 1)}"
+                say(f"{setting}, {executor}: measuring")
                 circuit = pipelined(self._compiled(stages, backend, executor))
                 item = self.example if isinstance(self.example, tuple | dict) else (self.example,)
                 trial = measure(executor, item, partial(self._run, circuit), self.seconds)
-                setting = f"{backend} in {len(stages)} stage{'s' * (len(stages) > 1)}"
                 self.found.append(_Found(replace(trial, setting=setting), circuit, backend))
         except InputError as error:
             if backend == "eager" or not may_fail:

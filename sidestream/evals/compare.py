@@ -61,8 +61,7 @@ def compare(
     A model that refuses the input (or fails) gives a record with ``error``, and the others go on.
     Raises ``InputError`` for an unknown part, ``ModelError`` for an unknown model.
     """
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise InputError(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    check_parts(parts)
     about = {name: _about(name) for name in models}
     torch.set_num_threads(setting.num_threads)
     known = {key_of(record): record for record in done}
@@ -70,6 +69,12 @@ def compare(
     for part in (p for p in PARTS if p in parts):
         for record in _MEASURES[part](models, setting, known, partial(_say_part, say, part)):
             yield {"part": part, **about[record["model"]], **record, "setting": settings, "machine": host}
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Raises ``InputError`` for an unknown part."""
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise InputError(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
 
 
 def key_of(record: Record) -> Key:

@@ -18,6 +18,8 @@ def check_clip(family: str, clip_BTCHW: Tensor, *, min_frames: int = 1) -> None:
     shape = tuple(clip_BTCHW.shape)
     if len(shape) != 5 or shape[2] != 3:
         hint = "; its axes seem to be B,C,T,H,W: use transpose(1, 2)" if len(shape) == 5 and shape[1] == 3 else ""
+        if len(shape) == 4 and shape[1] == 3:
+            hint = "; it reads clips: single frames go to its streaming(), where it has one, or to nn.SlidingWindow"
         raise LayoutError(f"{family} was given the shape {shape}; expected (B, T, 3, H, W){hint}")
     if shape[1] < min_frames:
         raise LayoutError(f"{family} was given {shape[1]} frames; it needs {min_frames} or more: give a longer clip")

@@ -13,7 +13,8 @@ from typing import Protocol, cast, get_args
 from torch import nn
 
 from sidestream.errors import InputError, ModelError, WeightsError
-from sidestream.models.guard import guard_frames
+from sidestream.models.depth_net import DepthNet
+from sidestream.models.guard import ANY_SIZE, guard_frames
 from sidestream.models.heads import DenseModel, HeadKind
 from sidestream.models.info import ModelInfo, Task, attach_info, info_of
 from sidestream.models.labels import read_labels
@@ -58,6 +59,10 @@ LIBRARIES: dict[str, tuple[str, ...]] = {
         "frame",
         "tsn",
         "vgg8",
+        "autoencoder",
+        "keypoint_cnn",
+        "parallel_densenet",
+        "parallel_inception",
     ),
     "torchvision": ("torchvision_zoo",),
     "timm": ("timm_zoo",),
@@ -98,7 +103,7 @@ def create_model(
         own = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
         return create_saved(name, num_classes=num_classes, weights=weights, labels=own, head=head)
     library, inner = _resolve(name)
-    if head != "classes":
+    if head != "classes" and library.info(inner).task != head:  # such a model has that head by itself
         return _with_dense_head(name, num_classes, weights, labels, head)
     if num_classes is not None and num_classes < 1:
         raise ModelError(f"{num_classes=} was given for {name!r}; expected 1 or more, or None for the model's own")
@@ -112,14 +117,18 @@ def create_model(
         if weights is not None:
             load_weights(model, weights, key_map=library.key_map(inner))
     if wanted.task in ("image", "segmentation"):
-        guard_frames(model, wanted.name)
+        sizes = getattr(library, "sizes", None)  # libraries whose models are not all of any size have it
+        guard_frames(model, wanted.name, ANY_SIZE if sizes is None else sizes(model, wanted.input_spec))
     return attach_info(model.eval(), wanted)
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Full names that match ``pattern`` (as in a shell: ``"*vit*"``, ``"timm/*"``), with or without the library."""
     found = []
+    library, slash, _ = pattern.partition("/")
     for prefix in LIBRARIES:
+        if slash and "[" not in library and not fnmatchcase(prefix, library):
+            continue  # none of its names can match: it need not be imported
         for inner in _names(prefix):
             full = _full(prefix, inner)
             if fnmatchcase(full, pattern) or fnmatchcase(inner, pattern):
@@ -131,6 +140,22 @@ def model_info(name: str) -> ModelInfo:
     """What ``name`` stands for, without making the model. Raises ``ModelError`` for an unknown name."""
     library, inner = _resolve(name)
     return library.info(inner)
+
+
+def check_model(name: str, weights: FilePath | None = None, labels: FilePath | None = None) -> None:
+    """Raises, without making anything, what ``create_model`` would for an unknown name or for files that are missing.
+
+    For commands: what the user mistyped comes out at once, not after the work.
+    """
+    if weights not in (None, "random", "default") and not os.path.exists(weights):
+        raise WeightsError(f"there is no weights file {str(weights)!r}; give a .safetensors or .pt file, or random")
+    if labels is not None and not os.path.isfile(labels):
+        raise ModelError(f"there is no labels file {str(labels)!r}; give one label per line, or a JSON list")
+    if _is_saved(name):
+        return
+    library, inner = _resolve(name)
+    if weights == "default" and library.info(inner).default_weights is None:
+        raise WeightsError(f"{name} has no default weights; give a local .safetensors or .pt file")
 
 
 def key_map_of(name: str) -> KeyMap:
@@ -149,10 +174,14 @@ def _with_dense_head(
     if num_classes is None or num_classes < 1:
         raise ModelError(f"{num_classes=} was given with {head=}; say how many {head} the model answers, 1 or more")
     is_default = weights == "default"
-    model = DenseModel(create_model(name, weights="default" if is_default else None), num_classes, kind=head)
+    plain = create_model(name, weights="default" if is_default else None)
+    trunk = info_of(plain)
+    if isinstance(plain, DepthNet):
+        model: nn.Module = plain.with_dense_head(num_classes, head)
+    else:
+        model = DenseModel(plain, num_classes, kind=head)
     if weights is not None and not is_default:
         load_weights(model, weights)
-    trunk = info_of(model.trunk)
     assert trunk is not None  # create_model hangs one on every model
     task: Task = "masks" if head == "masks" else "keypoints"
     named = replace(trunk, task=task, labels=None, default_weights=None)

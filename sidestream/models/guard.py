@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,16 +11,46 @@ from torch import Tensor, nn
 from sidestream.errors import LayoutError
 
 
-def guard_frames(model: nn.Module, name: str) -> nn.Module:
-    """Make ``model`` raise ``LayoutError`` for anything but float ``frame_BCHW`` with 3 channels; gives it back."""
+@dataclass(frozen=True)
+class SizeRule:
+    """The heights and widths that a model takes: one only, or multiples of some pixels, or all from a least one on."""
 
-    model.register_forward_pre_hook(partial(_check, name))  # no closure, so that models can be pickled
+    only_px: tuple[int, int] | None = None
+    multiple_of_px: tuple[int, int] | None = None
+    least_px: int | None = None
+
+    def check(self, name: str, height: int, width: int) -> None:
+        """Raises ``LayoutError`` for a size that the model does not take."""
+        # "Is None" first, so that a model of any size is exported with any size.
+        if self.only_px is not None and (height, width) != self.only_px:
+            wanted = f"takes {self.only_px[0]} x {self.only_px[1]} only"
+        elif self.multiple_of_px is not None and (height % self.multiple_of_px[0] or width % self.multiple_of_px[1]):
+            wanted = "takes multiples of " + " x ".join(map(str, self.multiple_of_px))
+        elif self.least_px is not None and min(height, width) < self.least_px:
+            wanted = f"needs {self.least_px} x {self.least_px} or more"
+        else:
+            return
+        raise LayoutError(
+            f"{name} was given {height} x {width} pixels; it {wanted}: resize the pictures, as its input spec says"
+        )
+
+
+ANY_SIZE = SizeRule()
+
+
+def guard_frames(model: nn.Module, name: str, sizes: SizeRule = ANY_SIZE) -> nn.Module:
+    """Make ``model`` raise ``LayoutError`` for anything but float ``frame_BCHW`` with 3 channels; gives it back.
+
+    Also for sizes that it does not take.
+    """
+    model.register_forward_pre_hook(partial(_check, name, sizes))  # no closure, so that models can be pickled
     return model
 
 
-def _check(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _check(name: str, sizes: SizeRule, module: nn.Module, args: tuple[Any, ...]) -> None:
     if args and isinstance(args[0], Tensor):
         check_frame(name, args[0])
+        sizes.check(name, *args[0].shape[2:])
 
 
 def check_frame(name: str, frame_BCHW: Tensor) -> None:

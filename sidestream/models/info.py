@@ -11,7 +11,7 @@ from sidestream.types import InputSpec
 if TYPE_CHECKING:
     from torch import nn
 
-Task = Literal["image", "clip", "segmentation", "keypoints", "masks"]
+Task = Literal["image", "clip", "segmentation", "keypoints", "masks", "pictures"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelInfo:
     """"sidestream", "torchvision" or "timm"."""
     task: Task
     """"image" and "clip": one vector of class logits; "segmentation": logits per pixel in a dict;
-    "keypoints" and "masks": maps for every step in time of a clip."""
+    "keypoints", "masks" and "pictures": maps for every step in time of a clip."""
     input_spec: InputSpec
     num_classes: int
     labels: tuple[str, ...] | None = None

@@ -8,10 +8,26 @@ from typing import Any
 
 from torch import nn
 
+from sidestream.models.guard import ANY_SIZE, SizeRule
 from sidestream.models.info import ModelInfo
 from sidestream.models.labels import imagenet_labels
 from sidestream.models.weights import KeyMap
 from sidestream.types import InputSpec
+
+# Modules of timm whose models take any size, although its settings say that their size is fixed.
+_ANY_SIZE = {"crossvit", "efficientvit_msra", "mvitv2", "sequencer", "swiftformer", "twins", "xcit"}
+# Modules of timm -> what heights and widths must be multiples of, in pixels.
+_MULTIPLES_PX = {
+    "csatv2": 8,
+    "deepseek_vit": 14,
+    "dla": 32,
+    "gemma4_vit": 16,
+    "hieradet_sam2": 32,
+    "hrnet": 32,
+    "naflexvit": 16,
+    "qwen3_vit": 16,
+    "tresnet": 4,
+}
 
 
 @cache
@@ -50,6 +66,24 @@ def build_default(name: str) -> nn.Module:
 
 def key_map(name: str) -> KeyMap:
     return dict
+
+
+def sizes(model: nn.Module, spec: InputSpec) -> SizeRule:
+    """The sizes that ``model`` takes: by its patch embedding, timm's own settings, and the tables above."""
+    from timm.layers import PatchEmbed
+
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(embed, PatchEmbed) and embed.img_size is not None and not embed.strict_img_size:
+        return ANY_SIZE if embed.dynamic_img_pad else SizeRule(multiple_of_px=tuple(embed.patch_size))
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    module = type(model).__module__.rpartition(".")[2]
+    name = str(config.get("architecture", ""))
+    if "halo" in name or name.startswith(("maxvit", "maxxvit")):  # windows that follow from the size
+        return SizeRule(multiple_of_px=spec.size_px)
+    if config.get("fixed_input_size") and module not in _ANY_SIZE:
+        return SizeRule(only_px=spec.size_px)
+    multiple = _MULTIPLES_PX.get(module)
+    return ANY_SIZE if multiple is None else SizeRule(multiple_of_px=(multiple, multiple))
 
 
 def _config(name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sidestream.models.clip_border import ClipBorder
+from sidestream.models.guard import ANY_SIZE, SizeRule
 from sidestream.models.info import ModelInfo, Task
 from sidestream.models.weights import KeyMap, drop_keys, rename_keys
 from sidestream.types import InputSpec
@@ -27,6 +28,12 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "fcn_": {"weights_backbone": None, "aux_loss": True},
     "deeplabv3_": {"weights_backbone": None, "aux_loss": True},
     "lraspp_": {"weights_backbone": None},
+    "vit_h_14": {"image_size": 518},  # of its default weights, as its input spec has it
+}
+# name prefix: what the library's clip models do not take
+_CLIP_LIMITS: dict[str, dict[str, Any]] = {
+    "mvit": {"sizes": SizeRule(only_px=(224, 224)), "only_frames": 16},
+    "s3d": {"sizes": SizeRule(least_px=193), "min_frames": 9},  # a last pooling of 2 x 7 x 7 at strides 8, 32
 }
 # name prefix: what becomes of the keys of the library's published files
 _KEY_MAPS: dict[str, KeyMap] = {
@@ -73,8 +80,13 @@ def key_map(name: str) -> KeyMap:
     return _by_prefix(_KEY_MAPS, name, dict)
 
 
+def sizes(model: nn.Module, spec: InputSpec) -> SizeRule:
+    """The sizes that an image model takes."""
+    return SizeRule(only_px=spec.size_px) if type(model).__name__ in ("VisionTransformer", "MaxVit") else ANY_SIZE
+
+
 def _bordered(name: str, net: nn.Module) -> nn.Module:
-    return ClipBorder(net) if _tasks()[name] == "clip" else net
+    return ClipBorder(net, **_by_prefix(_CLIP_LIMITS, name, {})) if _tasks()[name] == "clip" else net
 
 
 @cache

@@ -40,7 +40,10 @@ def test_writes_records_tables_and_a_picture_and_goes_on_where_it_was(
     assert "12.5" in tables
     assert "torch" in tables.splitlines()[0]
     assert (out / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    assert "which its text does not tell apart" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "which its text does not tell apart" in shown.out
+    assert f"params, {MODELS[0]}: done" in shown.err.splitlines()
+    assert f"latency, {MODELS[1]}: repeat 1" in shown.err.splitlines()
     assert main(["compare", MODELS[0], *flags, "--parts", "params,memory"]) == 0
     again = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
     assert again[: len(records)] == records
