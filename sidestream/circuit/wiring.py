@@ -88,13 +88,15 @@ WIRINGS: dict[str, Callable[[Stages], Circuit]] = {
 
 
 def wire(stages: Stages, wiring: str) -> Circuit:
-    """A wiring by name: sequential, pipelined, parallel, or semi-parallel:G with G groups."""
+    """A wiring by name: sequential, pipelined, parallel, or semi-parallel:G (or semi-parallel:G:fresh) in G groups."""
     if wiring in WIRINGS:
         return WIRINGS[wiring](stages)
-    kind, _, groups = wiring.partition(":")
-    if kind in ("semi-parallel", "semi_parallel") and groups.isdigit():
-        return semi_parallel(stages, groups=int(groups))
-    raise CircuitError(f"unknown wiring {wiring!r}; expected one of {', '.join(WIRINGS)} or semi-parallel:G")
+    kind, _, rest = wiring.partition(":")
+    groups, _, skips = rest.partition(":")
+    if kind in ("semi-parallel", "semi_parallel") and groups.isdigit() and skips in ("", "aligned", "fresh"):
+        return semi_parallel(stages, groups=int(groups), skips=skips or "aligned")
+    known = f"{', '.join(WIRINGS)}, semi-parallel:G or semi-parallel:G:fresh"
+    raise CircuitError(f"unknown wiring {wiring!r}; expected one of {known}")
 
 
 def _aligned(stages: Stages, lags: Sequence[int], wiring: str) -> Circuit:

@@ -20,6 +20,12 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
 )  # fmt: skip
 INK, SHADE, BANNER_SHADE = (255, 255, 255, 255), (12, 14, 18, 185), (200, 40, 40, 220)
 MASK_STRENGTH = 0.45
+FAINTEST = 0.3
+"""How strongly a point is drawn that the answer is not at all sure of; the surest one is drawn in full."""
+JHMDB_SKELETON: tuple[tuple[int, int], ...] = (
+    (0, 2), (0, 1), (0, 3), (0, 4), (3, 7), (7, 11), (4, 8), (8, 12), (1, 5), (1, 6), (5, 9), (9, 13), (6, 10), (10, 14),
+)  # fmt: skip
+"""The limbs of a person with JHMDB's 15 joints, in the order of ``data.joints.JHMDB_JOINTS``."""
 TOP_ACCENT = (255, 200, 70, 255)
 
 
@@ -30,6 +36,8 @@ def overlay(
     boxes_N4_px: Tensor | np.ndarray | None = None,
     box_labels: Sequence[str] | None = None,
     points_NP2_px: Tensor | np.ndarray | None = None,
+    scores_NP: Tensor | np.ndarray | None = None,
+    skeleton: Sequence[tuple[int, int]] = (),
     masks_NHW: Tensor | np.ndarray | None = None,
     timing: Mapping[str, str | float] | None = None,
     banner: str | None = None,
@@ -40,13 +48,15 @@ def overlay(
         frame: what to draw on.
         labels: lines of the panel at the top left, best first.
         boxes_N4_px: x_min, y_min, x_max, y_max in pixels of the frame, with ``box_labels``, one each.
-        points_NP2_px: P points for each of N objects as x, y (or (P, 2) for one).
+        points_NP2_px: P points for each of N objects as x, y (or (P, 2) for one); NaN where there is none.
+        scores_NP: how sure each point is, 0 or more (or (P,) for one); the less against the surest, the fainter.
+        skeleton: pairs of points that are joined by a line, such as ``JHMDB_SKELETON``.
         masks_NHW: bool, one per object.
         timing: name -> value, written in the bar at the bottom; numbers with one decimal.
         banner: one line across the top, for what a viewer must not miss ("warming up").
 
     Raises:
-        LayoutError: boxes, points or masks of the wrong shape.
+        LayoutError: boxes, points, scores or masks of the wrong shape, or a skeleton of points that do not exist.
     """
     from PIL import Image, ImageDraw
 
@@ -59,7 +69,8 @@ def overlay(
         _draw_boxes(pen, _array(boxes_N4_px, "boxes_N4_px", ("N", 4)), box_labels)
     if points_NP2_px is not None:
         points = np.asarray(points_NP2_px)
-        _draw_points(pen, _array(points[None] if points.ndim == 2 else points, "points_NP2_px", ("N", "P", 2)))
+        points = _array(points[None] if points.ndim == 2 else points, "points_NP2_px", ("N", "P", 2))
+        _draw_points(pen, points, _strengths(scores_NP, points.shape[:2]), skeleton)
     top = _draw_banner(pen, banner) if banner else 0
     bottom = _draw_timing(pen, timing) if timing else 0
     if labels:
@@ -168,13 +179,35 @@ def _draw_tag(pen: _Pen, left: float, top: float, text: str, colour: tuple[int, 
     pen.write(left + pen.pad_px, upper + pen.row_px / 2, text, (15, 15, 15, 255))
 
 
-def _draw_points(pen: _Pen, points_NP2: np.ndarray) -> None:
-    radius = pen.line_px + 1
-    for number, points in enumerate(points_NP2):
+def _draw_points(
+    pen: _Pen, points_NP2: np.ndarray, strengths_NP: np.ndarray, skeleton: Sequence[tuple[int, int]]
+) -> None:
+    """The limbs of each object, as strong as the fainter of their ends, and its points over them."""
+    num_points, radius = points_NP2.shape[1], pen.line_px + 1
+    if unknown := [limb for limb in skeleton if not all(0 <= end < num_points for end in limb)]:
+        raise LayoutError(f"the skeleton joins {unknown[0]}, but there are {num_points} points; expected 0 and up")
+    for number, (points, strengths) in enumerate(zip(points_NP2, strengths_NP, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
-        for x, y in points[np.isfinite(points).all(1)]:
+        is_there = np.isfinite(points).all(1)
+        for a, b in skeleton:
+            if is_there[a] and is_there[b]:
+                ends = [(float(x), float(y)) for x, y in points[[a, b]]]
+                alpha = round(255 * float(min(strengths[a], strengths[b])))
+                pen.draw.line(ends, fill=(*colour, alpha), width=pen.line_px + 1)
+        for (x, y), strength in zip(points[is_there], strengths[is_there], strict=True):
             box = (float(x) - radius, float(y) - radius, float(x) + radius, float(y) + radius)
-            pen.draw.ellipse(box, fill=(*colour, 255), outline=(15, 15, 15, 255))
+            alpha = round(255 * float(strength))
+            pen.draw.ellipse(box, fill=(*colour, alpha), outline=(15, 15, 15, alpha))
+
+
+def _strengths(scores_NP: Any, shape_NP: tuple[int, int]) -> np.ndarray:
+    """How strongly each point is drawn: ``FAINTEST`` to 1, in proportion to its score against its object's surest."""
+    if scores_NP is None:
+        return np.ones(shape_NP)
+    scores = np.asarray(scores_NP, dtype=np.float64)
+    scores = np.nan_to_num(_array(scores[None] if scores.ndim == 1 else scores, "scores_NP", shape_NP))
+    surest = np.maximum(scores.max(axis=1, keepdims=True, initial=0.0), 1e-12)
+    return FAINTEST + (1 - FAINTEST) * np.clip(scores / surest, 0.0, 1.0)
 
 
 def _with_masks(rgb_HWC: np.ndarray, masks_NHW: np.ndarray) -> np.ndarray:
