@@ -1,0 +1,101 @@
+"""What the recipes share: runs that are done once and kept as lines of a file, their mean and spread, their curves."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sidestream.report.measure import machine
+from sidestream.report.record import json_lines, read_json_lines, write_beside
+from sidestream.train import TrainResult
+
+Cell = dict[str, Any]
+"""What tells one run from another: variant, model, seed ..."""
+Record = dict[str, Any]
+HERE = Path(__file__).parent
+
+
+def run_all(
+    cells: Iterable[Cell], run: Callable[[Cell, Path], TrainResult], results: Path, *, command: str, runs: Path | None
+) -> None:
+    """Each cell that is not in ``results`` yet is run and appended: its options, every epoch, time and machine.
+
+    ``runs``: where the folders of the runs go, with weights and checkpoints; None: they are thrown away.
+    """
+    todo = list(cells)
+    for number, cell in enumerate(todo, start=1):
+        if cell in [record["cell"] for record in known(results)]:
+            continue
+        print(f"{number} of {len(todo)}: {cell}", flush=True)
+        folder = Path(tempfile.mkdtemp()) if runs is None else runs / "-".join(str(v) for v in cell.values())
+        try:
+            result = run(cell, folder / "run")
+            record = {
+                "cell": cell,
+                "history": [_plain(epoch) for epoch in result.history],
+                "seconds": round(result.seconds, 1),
+                "command": command,
+                "machine": machine(),
+            }
+        finally:
+            if runs is None:
+                shutil.rmtree(folder)
+        with json_lines(results, append=True) as write:
+            write(record)
+
+
+def known(results: Path) -> list[Record]:
+    return read_json_lines(results) if results.is_file() else []
+
+
+def _plain(epoch: Mapping[str, Any]) -> Record:
+    left_out = ("kind", "num_skipped", "updates")
+    return {k: round(v, 5) if isinstance(v, float) else v for k, v in epoch.items() if k not in left_out}
+
+
+def last(record: Record, name: str) -> float:
+    """Of the last epoch: no epoch is chosen by what it scored."""
+    return float(record["history"][-1][name])
+
+
+def mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
+    """``mean +- standard deviation (n)``."""
+    if not values:
+        return ""
+    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * spread:.{digits}f} ({len(values)})"
+
+
+def draw_curves(
+    panels: Mapping[str, Mapping[str, Sequence[Record]]], name: str, path: Path, *, label: str, scale: float = 1.0
+) -> None:
+    """One panel per title; a line per variant: the mean over its runs after each epoch, and the range as a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, sharey=True)
+    for axis, (title, variants) in zip(axes[0], panels.items(), strict=True):
+        for variant, records in variants.items():
+            rows = [[scale * e[name] for e in r["history"] if e.get(name) is not None] for r in records]
+            if not rows:
+                continue
+            columns = list(zip(*rows, strict=False))
+            epochs = range(1, len(columns) + 1)
+            (line,) = axis.plot(epochs, [statistics.mean(c) for c in columns], label=f"{variant} ({len(rows)})")
+            axis.fill_between(
+                epochs, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.15
+            )
+        axis.set(title=title, xlabel="epoch")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(label)
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    with write_beside(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)

@@ -1,0 +1,145 @@
+"""How slow must the video be? Backprop, Sideways and Skip-Sideways at falling frame rates.
+
+    SIDESTREAM_DATA=... python recipes/sideways_frame_rate.py                  # all runs; what is done is not repeated
+    SIDESTREAM_DATA=... python recipes/sideways_frame_rate.py --report        # table and picture from the records
+
+Paper: Malinowski et al., "Sideways: Depth-Parallel Training of Video Models" (CVPR 2020), whose premise is that frames
+change slowly: with 8 stages the first one multiplies gradients with activations that are 14 frames newer.
+
+Data: Weizmann, 90 clips of 10 actions by 9 actors at 25 frames per second. Seed s trains on six actors and tests on
+the three of group s, so three seeds test every clip once. Clips of 24 frames, every one, second, fourth or eighth frame
+of the video (25, 12.5, 6.25, 3.125 frames per second); clips that are too short begin again, which adds a jump for all
+rules alike. VGG-8 of a quarter of the widths with batch norms, 32 x 32 pixels, random crops and flips, batches of 6,
+AdamW, 20 epochs, one update per batch. Backprop normalises over all frames of a batch, Sideways frame by frame. One
+run: about a minute on one core. The score is the test accuracy of the last epoch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from records import HERE, Cell, Record, known, last, mean_and_spread, run_all
+
+from sidestream.data import ClipDataset, ClipOptions, open_dataset
+from sidestream.models import create_model, model_info
+from sidestream.report.record import write_beside, write_text
+from sidestream.train import TrainConfig, TrainResult, fit
+
+FOLDER = HERE / "sideways_frame_rate"
+FRAME_RATE = 25.0
+FRAME_STEPS = (1, 2, 4, 8)
+GROUPS = ("daria,denis,eli", "ido,ira,lena", "lyova,moshe,shahar")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "backprop": {"rule": "backprop"},
+    "sideways": {"rule": "sideways"},
+    "skip-sideways": {"rule": "sideways", "skips": "projection"},
+}
+
+
+def sideways_frame_rate(cell: Cell, out: Path) -> TrainResult:
+    """One run. ``cell``: variant (a key of ``VARIANTS``), frame_step and seed (0 to 2)."""
+    train_data, test_data = clips(cell["seed"], cell["frame_step"])
+    torch.manual_seed(cell["seed"])
+    model = create_model("vgg8_quarter_bn", num_classes=train_data.num_classes)
+    config = TrainConfig(
+        **VARIANTS[cell["variant"]],
+        task="frame",
+        optimizer="adamw",
+        lr=2e-3,
+        batch_size=6,
+        epochs=20,
+        evaluate_every=5,
+        seed=cell["seed"],
+        num_workers=1,
+    )
+    return fit(model, train_data, test_data, config=config, out=out)
+
+
+@cache
+def clips(seed: int, frame_step: int) -> tuple[ClipDataset, ClipDataset]:
+    spec = model_info("vgg8").input_spec.replace(num_frames=24, frame_step=frame_step, size_px=(32, 32), resize_px=None)
+    options = ClipOptions(seed=seed, random_crop=True, random_flip=True, short="loop")
+    shared: dict[str, Any] = {"split": GROUPS[seed], "spec": spec, "options": options}
+    return open_dataset("weizmann", part="train", **shared), open_dataset("weizmann", part="test", **shared)
+
+
+def report() -> str:
+    """README's table, and frame_rate.png."""
+    records = known(FOLDER / "results.jsonl")
+    found = {
+        (v, s): [r for r in records if r["cell"]["variant"] == v and r["cell"]["frame_step"] == s]
+        for v in VARIANTS
+        for s in FRAME_STEPS
+    }
+    draw(found, FOLDER / "frame_rate.png")
+    lines = ["| test accuracy, % | " + " | ".join(f"{FRAME_RATE / s:g} fps" for s in FRAME_STEPS) + " |"]
+    lines.append("| --- |" + " ---: |" * len(FRAME_STEPS))
+    for v in VARIANTS:
+        cells = [mean_and_spread([last(r, "test_accuracy") for r in found[v, s]], 100) for s in FRAME_STEPS]
+        lines.append(f"| {v} | " + " | ".join(cells) + " |")
+    lines += ["", lines[0].replace("test accuracy", "training accuracy"), lines[1]]
+    for v in VARIANTS:
+        cells = [mean_and_spread([last(r, "train_accuracy") for r in found[v, s]], 100) for s in FRAME_STEPS]
+        lines.append(f"| {v} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def draw(found: dict[tuple[str, int], list[Record]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
+    for axis, name in zip(axes, ("test_accuracy", "train_accuracy"), strict=True):
+        for number, variant in enumerate(VARIANTS):
+            points = [(s, [100 * last(r, name) for r in found[variant, s]]) for s in FRAME_STEPS if found[variant, s]]
+            rates = [FRAME_RATE / s for s, _ in points]
+            axis.plot(rates, [statistics.mean(v) for _, v in points], marker="o", label=variant, color=f"C{number}")
+            for rate, (_, values) in zip(rates, points, strict=True):
+                axis.plot([rate * (0.97 + 0.03 * number)] * len(values), values, ".", color=f"C{number}", alpha=0.5)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([FRAME_RATE / s for s in FRAME_STEPS], [f"{FRAME_RATE / s:g}" for s in FRAME_STEPS])
+        axis.set(xlabel="frames per second", title=name.replace("_", " "))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("%")
+    axes[0].legend()
+    figure.tight_layout()
+    with write_beside(path) as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--frame-steps", nargs="+", type=int, default=list(FRAME_STEPS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(GROUPS)))
+    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="no runs")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    FOLDER.mkdir(exist_ok=True)
+    if not given.report:
+        cells = [
+            {"variant": variant, "frame_step": step, "seed": seed}
+            for seed in given.seeds
+            for step in given.frame_steps
+            for variant in given.variants
+        ]
+        command = "python recipes/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        run_all(cells, sideways_frame_rate, FOLDER / "results.jsonl", command=command, runs=given.runs)
+    table = report()
+    write_text(FOLDER / "table.md", table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

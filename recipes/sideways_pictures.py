@@ -1,0 +1,119 @@
+"""Drawing frames and frames to come: backprop, Sideways and Skip-Sideways on a convolutional auto-encoder.
+
+    SIDESTREAM_DATA=... python recipes/sideways_pictures.py                    # all runs; what is done is not repeated
+    SIDESTREAM_DATA=... python recipes/sideways_pictures.py --report          # table and curves from the records
+
+Papers: Malinowski et al., "Sideways: Depth-Parallel Training of Video Models" (CVPR 2020) trains auto-encoders;
+"Gradient Forward-Propagation for Large-Scale Temporal Video Modelling" (CVPR 2021) says that Skip-Sideways draws better
+future frames than Sideways, since it sees several frames. Their numbers were not at hand.
+
+Data: Weizmann, 90 clips of 10 actions by 9 actors at 25 frames per second. Seed s trains on six actors and tests on the
+three of group s, so three seeds test every clip once. conv_autoencoder_small (6 stages, 1/8 in the middle), 64 x 64
+pixels, clips of 24 successive frames, batches of 6, AdamW, 10 epochs, one update per batch, mean squared error.
+"future" draws the frame 4 frames (0.16 s) after the newest one seen. One run: about a minute on one core.
+Score: PSNR of the last epoch on the test clips, in dB; beside it that of the newest frame seen, repeated, and of the
+mean training frame, which need no net.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from records import HERE, Cell, draw_curves, known, last, mean_and_spread, run_all
+
+from sidestream.data import ClipDataset, ClipOptions, open_dataset
+from sidestream.models import create_model, model_info
+from sidestream.report.record import write_text
+from sidestream.train import TrainConfig, TrainResult, fit
+
+FOLDER = HERE / "sideways_pictures"
+MODEL = "conv_autoencoder_small"
+GROUPS = ("daria,denis,eli", "ido,ira,lena", "lyova,moshe,shahar")
+TASKS: dict[str, dict[str, Any]] = {"autoencode": {}, "future": {"horizon": 4}}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "backprop": {"rule": "backprop"},
+    "sideways": {"rule": "sideways"},
+    "skips, backprop": {"rule": "backprop", "skips": "projection"},
+    "skip-sideways": {"rule": "sideways", "skips": "projection"},
+}
+
+
+def sideways_pictures(cell: Cell, out: Path) -> TrainResult:
+    """One run. ``cell``: task (a key of ``TASKS``), variant (of ``VARIANTS``) and seed (0 to 2)."""
+    train_data, test_data = clips(cell["seed"])
+    torch.manual_seed(cell["seed"])
+    config = TrainConfig(
+        **VARIANTS[cell["variant"]],
+        **TASKS[cell["task"]],
+        task=cell["task"],
+        optimizer="adamw",
+        lr=2e-3,
+        batch_size=6,
+        epochs=10,
+        evaluate_every=2,
+        seed=cell["seed"],
+        num_workers=1,
+    )
+    return fit(create_model(MODEL), train_data, test_data, config=config, out=out)
+
+
+@cache
+def clips(seed: int) -> tuple[ClipDataset, ClipDataset]:
+    spec = model_info(MODEL).input_spec.replace(num_frames=24, frame_step=1)
+    shared: dict[str, Any] = {"split": GROUPS[seed], "spec": spec, "options": ClipOptions(seed=seed, random_flip=True)}
+    return open_dataset("weizmann", part="train", **shared), open_dataset("weizmann", part="test", **shared)
+
+
+def report() -> str:
+    """README's table, and curves.png."""
+    records = known(FOLDER / "results.jsonl")
+    panels = {
+        task: {v: [r for r in records if r["cell"]["task"] == task and r["cell"]["variant"] == v] for v in VARIANTS}
+        for task in TASKS
+    }
+    draw_curves(panels, "test_psnr", FOLDER / "curves.png", label="test PSNR, dB")
+    lines = ["| test PSNR, dB | " + " | ".join(TASKS) + " |", "| --- |" + " ---: |" * len(TASKS)]
+    for variant in VARIANTS:
+        cells = [mean_and_spread([last(r, "test_psnr") for r in panels[task][variant]], digits=2) for task in TASKS]
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    for name, title in (("test_repeat_psnr", "newest frame seen, repeated"), ("test_mean_frame_psnr", "mean frame")):
+        cells = []
+        for task in TASKS:
+            plain = panels[task]["backprop"]
+            cells.append(mean_and_spread([last(r, name) for r in plain if name in r["history"][-1]], digits=2))
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(GROUPS)))
+    parser.add_argument("--runs", type=Path, help="keep the folders of the runs, with pictures, here")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="no runs")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    FOLDER.mkdir(exist_ok=True)
+    if not given.report:
+        cells = [
+            {"task": task, "variant": variant, "seed": seed}
+            for seed in given.seeds
+            for task in given.tasks
+            for variant in given.variants
+        ]
+        command = "python recipes/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        run_all(cells, sideways_pictures, FOLDER / "results.jsonl", command=command, runs=given.runs)
+    table = report()
+    write_text(FOLDER / "table.md", table + "\n")
+    print(table)
+
+
+if __name__ == "__main__":
+    main()
