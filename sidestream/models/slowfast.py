@@ -12,10 +12,10 @@ Differs from pytorchvideo: its last poolings have the size of the training clip,
 averaged in overlapping windows; here both pathways are averaged over all of time and space (the same on training
 size). Fresh batch norms all begin at 1, also the last of each block.
 
-Training in bfloat16 on a CPU needs clips of 9 frames or more (``alpha`` 4): with fewer, the slow pathway holds two
-frames, and for a bfloat16 ``conv3d`` whose kernel of 3 frames is longer than its input of 2, torch 2.15's oneDNN gives
-weight gradients of arbitrary size or NaN (seen with avx512_bf16; right with ``torch.backends.mkldnn`` off, in float32,
-and when the zeros are padded before the convolution).
+Training in bfloat16 on a CPU needs clips of 9 frames or more (``alpha`` 4); ``fit`` refuses shorter ones. With fewer,
+the slow pathway holds two frames, and for a bfloat16 ``conv3d`` whose kernel of 3 frames is longer than its input of
+2, torch 2.15's oneDNN gives weight gradients of arbitrary size or NaN (seen with avx512_bf16; right with
+``torch.backends.mkldnn`` off, in float32, and when the zeros are padded before the convolution).
 
 Input: mean 0.45, deviation 0.225 (``pytorchvideo.transforms.create_video_transform``); the "8x8" of its model zoo is 8
 slow frames with a step of 8, so 32 fast ones with a step of 2; 224 x 224 (its pooling of 7 x 7); the resize to 256

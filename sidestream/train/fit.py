@@ -24,6 +24,7 @@ from sidestream.train.optimisers import make_optimizer, optimizer_class
 from sidestream.train.progress import progress
 from sidestream.train.rules import StepContext, judged, rule_by_name
 from sidestream.train.samples import draw_samples
+from sidestream.train.short_convolutions import no_short_convolutions
 from sidestream.train.skip_net import with_skips
 from sidestream.train.tasks import Task, make_task
 
@@ -99,7 +100,8 @@ def fit(
     example_BTCHW = example_BTCHW.to(accelerator.device)
     num_outputs = _num_outputs(train_data, config)
     clip_BTCHW = example_BTCHW[:2]
-    check_model(net, clip_BTCHW, lambda name, answers: task.check_answers(name, answers, clip_BTCHW, num_outputs))
+    with no_short_convolutions(net, config.precision, accelerator.device):
+        check_model(net, clip_BTCHW, lambda name, answers: task.check_answers(name, answers, clip_BTCHW, num_outputs))
     prepared = accelerator.prepare(net.train())  # rules look at it as it will be trained
     rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW, task))
     task.check_clips(model, example_BTCHW.shape[1])
