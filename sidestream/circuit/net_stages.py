@@ -42,7 +42,7 @@ class LayerStep:
 def stages_of_net(net: DepthNet, frame_BCHW: Tensor) -> Stages:
     """The blocks of ``net`` as stages. ``frame_BCHW``: of the size that it will be fed.
 
-    A block that reads the last answer is linked to the frame in its place: ``net_circuit`` lays the wire that runs back.
+    A block that reads the last answer is linked to the frame in its place; ``net_circuit`` lays the wire back.
     """
     blocks, links = net.depth_blocks(), []
     values: list[Tensor] = [frame_BCHW]

@@ -72,5 +72,5 @@ def wider_by_zeros(module: nn.Module, num_more: int) -> nn.Module:
     assert first is not None
     path, before = first
     layer = wide.get_submodule(path) if path else wide
-    layer.weight[:, before.weight.shape[1] :] = 0  # type: ignore[index,union-attr]
+    layer.weight[:, before.weight.shape[1] :] = 0  # type: ignore[index,union-attr,operator]
     return wide

@@ -1,15 +1,59 @@
-"""What a class answer looks like: the top k of a row of logits, as records and as lines of text."""
+"""What an answer looks like: the top k of a row of logits, or keypoints; as records, as text, as a drawing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sidestream.errors import ModelError
-from sidestream.types import Output
+from sidestream.types import InputSpec, Output
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What an answer says."""
+
+    fields: dict[str, Any]
+    """Its part of a line of ``--json``."""
+    drawing: dict[str, Any]
+    """How ``video.overlay`` draws it: keyword arguments."""
+
+
+def class_reader(labels: Sequence[str] | None, *, top_k: int) -> Callable[[Output], Reading]:
+    """Reads logits: the k best classes."""
+
+    def read(output: Output) -> Reading:
+        top = top_classes(output.value, labels, top_k=top_k)
+        return Reading({"top": top}, {"labels": answer_lines(top)})
+
+    return read
+
+
+def points_reader(spec: InputSpec) -> Callable[[Output], Reading]:
+    """Reads heat maps: the keypoints, in pixels of the frame; 15 of them are drawn as JHMDB's person."""
+    from sidestream.evals.streaming.judge import points_answer
+
+    points_of = points_answer(spec)
+
+    def read(output: Output) -> Reading:
+        points: Any = points_of(output)
+        fields = {"points_px": points.points_P2_px.tolist(), "scores": points.scores_P.tolist()}
+        return Reading(fields, draw_points(points))
+
+    return read
+
+
+def draw_points(points: Any) -> dict[str, Any]:
+    """Keyword arguments of ``video.overlay`` for ``evals.streaming.Points``."""
+    from sidestream.video.overlay import JHMDB_SKELETON
+
+    is_person = len(points.points_P2_px) == len(JHMDB_SKELETON) + 1
+    drawing = {"points_NP2_px": points.points_P2_px, "scores_NP": points.scores_P}
+    return drawing | {"skeleton": JHMDB_SKELETON} if is_person else drawing
 
 
 def top_classes(value: Any, labels: Sequence[str] | None, *, top_k: int) -> list[dict[str, Any]]:
@@ -34,14 +78,14 @@ def top_classes(value: Any, labels: Sequence[str] | None, *, top_k: int) -> list
     ]
 
 
-def answer_record(output: Output, top: list[dict[str, Any]]) -> dict[str, Any]:
+def answer_record(output: Output, fields: dict[str, Any]) -> dict[str, Any]:
     """One line of ``--json``."""
     return {
         "frame": output.frame_index,
         "pts_seconds": output.pts_seconds,
         "made_at_seconds": output.made_at_seconds,
         "age_ticks": output.age_ticks,
-        "top": top,
+        **fields,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sidestream.cli.plan import ModelFlags, Plan, make_plan
 from sidestream.cli.run import Job
@@ -14,20 +14,41 @@ from sidestream.errors import InputError, MissingExtraError, WriteError
 def demo(
     source: str | None = None,
     out: Path = Path("demo_out"),
-    model: str = "efficientnet_lite0",
+    model: str | None = None,
     seconds: float = 8.0,
     stages: str = "4",
     backend: str = "eager",
+    latency: bool = False,
+    weights: str | None = None,
+    head: Literal["classes", "keypoints"] = "classes",
+    num_classes: int | None = None,
+    frame_rate: float | None = None,
+    slow_motion: int = 1,
+    timing: Literal["auto", "live", "simulated"] = "auto",
+    predictive: bool = False,
 ) -> int:
     """Run a model on a clip twice at the camera's rate, frame by frame and pipelined, and compare.
 
+    With --latency both are put side by side into one video, latency.mp4: the newest answer on the frame that the camera
+    shows, so that it lags behind what moves, and below it the frame that each stage works on. Without weights, the
+    answers are the exact truth of the frames that the model was given (shapes that move) or are not drawn (a file).
+
     Args:
-        source: a video; default: a synthetic clip that is made first.
+        source: a video; default, or synthetic: a clip of moving shapes that is made first.
         out: folder for the clip, the annotated videos, the chart and the table.
-        model: a frame model from `sidestream models`.
-        seconds: length of the synthetic clip.
+        model: a model from `sidestream models` (default: efficientnet_lite0; with --latency torchvision/resnet50).
+        seconds: length of the synthetic clip; with --latency of any.
         stages: number of stages.
         backend: what runs a stage: eager, onnxruntime, openvino.
+        latency: make the side-by-side video. The flags below belong to it.
+        weights: default (the library's own), or a local .safetensors / .pt file: the model's own answers are drawn.
+        head: what a clip model answers with; a keypoint model has that head by itself.
+        num_classes: classes (or keypoints) of the model's head, where they are not the library's.
+        frame_rate: of the camera (default: 25, or the file's own).
+        slow_motion: show everything so many times slower.
+        timing: live (really run), simulated (computed from measured stage times), or auto: live where the machine has
+            a core for each stage.
+        predictive: a third side: all stages read the newest there is (a net trained to predict; needs --weights).
     """
     from rich.console import Console
 
@@ -44,7 +65,23 @@ def demo(
         raise WriteError(f"--out {out} cannot be made a folder: {error.strerror}; give another name") from error
     if seconds <= 0:
         raise InputError(f"--seconds {seconds:g}; expected more than 0")
-    clip = source or str(_make_clip(out / "clip.mp4", seconds))
+    if latency:
+        from sidestream.cli.demo_latency import LatencyFlags, demo_latency
+
+        flags = LatencyFlags(
+            source, out, model, weights, head, num_classes, seconds, stages, backend, frame_rate, slow_motion, timing,
+            predictive,
+        )  # fmt: skip
+        return demo_latency(flags, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    only = {
+        "weights": weights, "num-classes": num_classes, "frame-rate": frame_rate, "predictive": predictive or None,
+        "slow-motion": None if slow_motion == 1 else slow_motion, "head": None if head == "classes" else head,
+    }  # fmt: skip
+    if given := [f"--{name}" for name, value in only.items() if value is not None]:
+        raise InputError(f"{given[0]} belongs to the side-by-side video; give --latency too")
+    model = model or "efficientnet_lite0"
+    clip = None if source == "synthetic" else source
+    clip = clip or str(_make_clip(out / "clip.mp4", seconds))
     plan, weights = _plan(ModelFlags(model, stages=stages, executor="threads", backend=backend))
     console.print(f"{model} with {weights} weights, {plan.circuit.num_stages} stages, back end {backend}")
     console.print(chart(plan.circuit, num_ticks=8), highlight=False, markup=False)

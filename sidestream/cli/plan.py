@@ -80,9 +80,8 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
     num_stages = parse_num_stages(flags.stages)
     say = on_progress or (lambda text: None)
     say(f"loading {flags.model}")
-    model, labels, spec = load_model(flags)
-    info = info_of(model)
-    has_points = info is not None and info.task == "keypoints"
+    model, info = _load(flags)
+    labels, spec, has_points = info.labels, info.input_spec, info.task == "keypoints"
     example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
     name = flags.model.rpartition("/")[2]
     if flags.backend == "auto" or (flags.executor == "auto" and flags.wiring == "pipelined" and not flags.cut):
@@ -113,6 +112,12 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:
     """The model as it runs on a stream, its labels and its input spec; refuses models that answer no classes."""
+    model, info = _load(flags)
+    return model, info.labels, info.input_spec
+
+
+def _load(flags: ModelFlags) -> tuple[Any, Any]:
+    """The model as it runs on a stream, and its info; refuses models whose answers the command cannot show."""
     from sidestream.models import create_model, info_of
     from sidestream.models.on_stream import on_stream
 
@@ -121,16 +126,18 @@ def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpe
         num_classes=flags.num_classes,
         weights=None if flags.weights == "random" else flags.weights,
         labels=flags.labels,
+        head=flags.head,  # type: ignore[arg-type]
     )
     info = info_of(model)
     assert info is not None  # create_model hangs one on every model
-    if info.task not in ("image", "clip"):
+    if info.task not in ("image", "clip") and not (info.task == "keypoints" and flags.takes_points):
+        known = "classes of a frame or keypoints" if flags.takes_points else "classes of a frame"
         raise ModelError(
-            f"{flags.model} answers with {info.task}, not with classes of a frame; use the Python API (sidestream.run)"
+            f"{flags.model} answers with {info.task}, not with {known}; use the Python API (sidestream.run)"
         )
-    if info.task == "clip":
+    if info.input_spec.layout == "BTCHW":
         model, info = on_stream(model, info)
-    return model, info.labels, info.input_spec
+    return model, info
 
 
 def parse_num_stages(text: str) -> int | str:

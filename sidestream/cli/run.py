@@ -6,8 +6,9 @@ import contextlib
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -15,6 +16,9 @@ from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
 from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
 from sidestream.errors import InputError, SidestreamError, WriteError
+
+if TYPE_CHECKING:
+    from sidestream.cli.answers import Reading
 
 
 def run(
@@ -36,6 +40,7 @@ def run(
     max_frames: int | None = None,
     frame_rate: float | None = None,
     num_classes: int | None = None,
+    head: Literal["classes", "keypoints"] = "classes",
 ) -> int:
     """Run a model on a video stream: one answer per frame.
 
@@ -57,7 +62,8 @@ def run(
         threads: worker threads (default: all cores).
         max_frames: stop after so many frames.
         frame_rate: frames per second of a folder, the synthetic source or a camera.
-        num_classes: classes of the model's head, where they are not the library's.
+        num_classes: classes (or keypoints) of the model's head, where they are not the library's.
+        head: what a clip model is given to answer with; a keypoint model has that head by itself.
     """
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
@@ -71,7 +77,9 @@ def run(
 
     if out is not None and out.suffix.lower() not in FORMATS:
         raise WriteError(f"--out {out}: suffix {out.suffix!r} is not known; use one of {', '.join(FORMATS)}")
-    flags = ModelFlags(model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads)
+    flags = ModelFlags(
+        model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads, head, takes_points=True
+    )
     check_flags(flags)
     clock = WallClock()
     frames = stream(
@@ -113,6 +121,15 @@ class Job:
     """Called with every answer."""
     film: Film | None = None
 
+    @cached_property
+    def read(self) -> Callable[[Any], Reading]:
+        """From an answer to what it says."""
+        from sidestream.cli.answers import class_reader, points_reader
+
+        if self.plan.has_points:
+            return points_reader(self.plan.input_spec)
+        return class_reader(self.plan.labels, top_k=self.top_k)
+
     def watched(self) -> Watched:
         """The stream to run on where a video is written: it also keeps the frames that get no answer of their own."""
         return Watched(self.frames, lambda frame: self.film.see(frame) if self.film else None)
@@ -134,7 +151,7 @@ class Job:
             raise self.failure
 
     def _open(self, files: contextlib.ExitStack, out: Path | None, json: Path | None) -> Callable[[Any], None]:
-        from sidestream.cli.answers import answer_record, top_classes
+        from sidestream.cli.answers import answer_record
         from sidestream.report.record import json_lines
         from sidestream.video import VideoWriter
 
@@ -148,9 +165,9 @@ class Job:
         def add(output: Any) -> None:
             if self.also:
                 self.also(output)
-            top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
+            reading = self.read(output)
             if write:
-                write(answer_record(output, top))
+                write(answer_record(output, reading.fields))
             if self.film:
                 self.film.add(output)
             self.num_written += 1
@@ -158,14 +175,12 @@ class Job:
         return add
 
     def _drawn(self, frame: Any, output: Any) -> Any:
-        from sidestream.cli.answers import answer_lines, top_classes
         from sidestream.video import overlay
 
         if output is None:  # no answer yet
             return overlay(frame)
-        top = top_classes(output.value, self.plan.labels, top_k=self.top_k)
         timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
-        return overlay(frame, labels=answer_lines(top), timing=timing)
+        return overlay(frame, timing=timing, **self.read(output).drawing)
 
     @contextlib.contextmanager
     def _stop_on_interrupt(self) -> Iterator[None]:

@@ -56,6 +56,11 @@ def train(
     num_workers: int = 2,
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
+    wiring: str = "parallel",
+    feedback_wire: bool = False,
+    teacher: str | None = None,
+    distill: float = 0.0,
+    distill_frame: Literal["oldest", "newest"] = "oldest",
 ) -> int:
     """Train a model on labelled clips: a folder of class-named folders, a CSV manifest, or a data set by name.
 
@@ -78,7 +83,8 @@ def train(
         batch_size: clips of a batch.
         seed: of the initial weights, the clips, their order and dropout.
         rule: who computes the gradients: backprop, or in stages side by side, frame by frame: exact (the same
-            gradients) or sideways (without waiting; right where frames change slowly).
+            gradients) or sideways (without waiting; right where frames change slowly); or unrolled, through the net as
+            the circuit that it will run as (par_densenet, par_inception, vgg8 ...).
         skips: none, or how each layer joins the output of the layer before the last (vgg8, simple_cnn; not add:
             conv_autoencoder, keypoint_cnn): add, concat, projection.
         update: exact, sideways: once per clip (a batch of clips), every tick, or every N ticks.
@@ -114,6 +120,11 @@ def train(
         num_workers: decoding threads.
         checkpoint_minutes: time between checkpoints within an epoch.
         tensorboard: write a TensorBoard log too.
+        wiring: unrolled: sequential, pipelined, parallel, semi-parallel:G or semi-parallel:G:fresh (G groups).
+        feedback_wire: unrolled: the last answer goes back into an early stage (par_densenet, par_inception).
+        teacher: unrolled: weights file of the sequential net, to start from and to distil from.
+        distill: unrolled: weight of the distance to the teacher's activations.
+        distill_frame: unrolled: which frame of those that a stage has seen the teacher is asked about.
     """
     given = dict(locals())
     if resume is not None:

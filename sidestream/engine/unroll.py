@@ -106,7 +106,9 @@ def _check(circuit: Circuit, clip: Tensor, latency: int, drain: bool, way: str) 
     if circuit.in_spec.num_leaves != 1:
         raise CircuitError(f"the circuit takes {circuit.in_spec.num_leaves} inputs; only one clip can be unrolled")
     if look_ahead_ticks(circuit):
-        raise CircuitError(f"the circuit looks {look_ahead_ticks(circuit)} ticks ahead; unroll takes causal stages only")
+        raise CircuitError(
+            f"the circuit looks {look_ahead_ticks(circuit)} ticks ahead; unroll takes causal stages only"
+        )
     if clip.ndim < 2 or clip.shape[1] < (1 if drain else latency + 1):
         raise LayoutError(
             f"a clip of shape {tuple(clip.shape)} was given; the circuit answers after {latency} ticks, so give "

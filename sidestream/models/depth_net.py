@@ -1,4 +1,4 @@
-"""``DepthNet``: a net defined once, as blocks in order of depth, to be run sequentially, semi-parallel or fully parallel.
+"""``DepthNet``: a net defined once, as blocks in order of depth, to be run in sequence, semi-parallel or parallel.
 
 Massively Parallel Video Networks (Carreira, Patraucean et al., ECCV 2018). A block names the earlier blocks whose
 outputs it reads; delays are given to these links by a wiring (``circuit.net_stages.net_circuit``). The clip form here,
@@ -53,6 +53,8 @@ class DepthNet(nn.Module, ABC):
     """Channels of ``features``."""
     stride_px: int
     """Width of a cell of ``features``."""
+    head: nn.Module
+    """Behind the maps, where the net has one of its own, or a dense one."""
     num_inner = 256
     """Channels inside of a dense head."""
     feedback_into = 2
@@ -152,7 +154,9 @@ class DepthNet(nn.Module, ABC):
     def _check(self, clip_BTCHW: Tensor) -> None:
         check_clip("the net", clip_BTCHW)
         height, width = clip_BTCHW.shape[-2:]
-        if min(height, width) < self.stride_px or (self.is_dense and (height % self.stride_px or width % self.stride_px)):
+        if min(height, width) < self.stride_px or (
+            self.is_dense and (height % self.stride_px or width % self.stride_px)
+        ):
             wanted = f"takes multiples of {self.stride_px}" if self.is_dense else f"needs {self.stride_px} px or more"
             raise LayoutError(f"the net was given frames of {height} x {width} px; it {wanted}: resize or crop them")
 

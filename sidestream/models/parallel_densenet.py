@@ -1,7 +1,7 @@
 """par-DenseNet: a DenseNet whose stages run side by side, each on another frame; on every frame, classes or heat maps.
 
 Huang et al., "Densely Connected Convolutional Networks" (CVPR 2017), in stages for Massively Parallel Video Networks
-(Carreira, Patraucean et al., ECCV 2018). A stage is a few dense layers (batch norm, ReLU, 1 x 1 convolution, batch norm,
+(Carreira, Patraucean et al., ECCV 2018). A stage is a few dense layers (norm, ReLU, 1 x 1 convolution, norm,
 ReLU, 3 x 3 convolution, their output joined to their input); it reads the outputs of all earlier stages of its dense
 block. In parallel wiring these dense connections are the skips that bring newer frames:
 
@@ -9,10 +9,10 @@ block. In parallel wiring these dense connections are the skips that bring newer
              each reads all of its block   the first reads all of the block before
 
 par_densenet: blocks of 3, 4, 4 and 3 stages of two dense layers (four convolutions), growth 32. That an image DenseNet
-was converted, and that as little as four convolutions run per frame and time step, is in the paper's abstract and talk; the
-numbers of blocks and channels there are not known to us. Differs from image DenseNets: only the first transition halves
-the maps (``num_pools``), so that they end at 1/8, for heat maps. With ``num_pools=3`` it is torchvision's DenseNet on
-each frame.
+was converted, and that as little as four convolutions run per frame and time step, is in the paper's abstract and talk;
+the numbers of blocks and channels there are not known to us. Differs from image DenseNets: only the first transition
+halves the maps (``num_pools``), so that they end at 1/8, for heat maps. With ``num_pools=3`` it is torchvision's
+DenseNet on each frame.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class ParDenseNet(DepthNet):
         _initialise(self)
 
     def trunk_blocks(self) -> list[Block]:
-        blocks, before = [], (0,)
+        blocks: list[Block] = []
+        before: tuple[int, ...] = (0,)
         for number, count in enumerate(self.stages_per_block, start=1):
             first = len(blocks) + 1
             for n in range(first, first + count):

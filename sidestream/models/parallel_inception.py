@@ -1,6 +1,6 @@
 """par-Inception: the causal inflated Inception-v1 in ten subnetworks that run side by side; classes or maps per frame.
 
-Massively Parallel Video Networks (Carreira, Patraucean et al., ECCV 2018) convert an image Inception-v1 that was inflated
+Massively Parallel Video Networks (Carreira, Patraucean et al., ECCV 2018) convert an Inception-v1 that was inflated
 (Carreira and Zisserman, CVPR 2017) with causal convolutions; ten subnetworks are fully parallel, five groups of them
 semi-parallel (numbers as we remember them; which layers are in which is our choice). The layers are those of our
 ``i3d_causal``, with its weights' keys, but no layer has a temporal stride, so that every frame has its answer:

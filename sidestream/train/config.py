@@ -145,7 +145,7 @@ class TrainConfig:
         if self.bptt_frames is not None and self.bptt_frames < 1:
             raise InputError(f"bptt_frames is {self.bptt_frames}; give 1 or more, or None for the whole clip")
         if self.distill and self.teacher is None:
-            raise InputError(f"distill is {self.distill}, but there is no teacher; give the sequential net's weights file")
+            raise InputError(f"distill is {self.distill}, but there is no teacher; give its weights file")
         if self.num_stages is not None and self.num_stages < 2:
             raise InputError(f"num_stages is {self.num_stages}; give 2 or more: a single stage has no depth to share")
 

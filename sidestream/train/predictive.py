@@ -1,4 +1,4 @@
-"""The rule "unrolled": nets trained as the circuits that they will run as, by ordinary backprop through the unrolled run.
+"""The rule "unrolled": nets trained as the circuits that they will run as, by backprop through the unrolled run.
 
 Massively Parallel Video Networks (Carreira, Patraucean et al., ECCV 2018). The clip makes the ticks; with
 ``target="newest"`` the answer of tick t is compared with the truth of frame t, of which a deep stage has seen nothing
@@ -82,7 +82,7 @@ class Predictive:
         self._teacher = self._sequential_teacher(frame_BCHW)
         if config.feedback_wire:
             if not isinstance(model, DepthNet):
-                raise InputError(f"{type(model).__name__} cannot be fed its last answer; take par_densenet, par_inception")
+                raise InputError(f"{type(model).__name__} cannot be fed its last answer; take par_densenet")
             model.add_feedback()
         self._live = LiveNet(model, frame_BCHW, config.wiring)
         self._task.align(self._live.circuit)
@@ -163,7 +163,7 @@ def distillation(student: Sequence[Trace], teacher: Sequence[Trace], align: Alig
 
 
 def wired(model: nn.Module, frame_BCHW: Tensor, wiring: str) -> Circuit:
-    """``model`` as a circuit by the name of its wiring; its stages take any number of streams, its parameters are shared.
+    """``model`` as a circuit by the name of its wiring; its stages take any number of streams, parameters are shared.
 
     Raises ``InputError`` for models that do not say what their stages are.
     """

@@ -23,7 +23,8 @@ MASK_STRENGTH = 0.45
 FAINTEST = 0.3
 """How strongly a point is drawn that the answer is not at all sure of; the surest one is drawn in full."""
 JHMDB_SKELETON: tuple[tuple[int, int], ...] = (
-    (0, 2), (0, 1), (0, 3), (0, 4), (3, 7), (7, 11), (4, 8), (8, 12), (1, 5), (1, 6), (5, 9), (9, 13), (6, 10), (10, 14),
+    (0, 1), (0, 2), (0, 3), (0, 4), (3, 7), (4, 8), (7, 11), (8, 12), (1, 5), (1, 6), (5, 9), (6, 10), (9, 13),
+    (10, 14),
 )  # fmt: skip
 """The limbs of a person with JHMDB's 15 joints, in the order of ``data.joints.JHMDB_JOINTS``."""
 TOP_ACCENT = (255, 200, 70, 255)

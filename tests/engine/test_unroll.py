@@ -1,4 +1,4 @@
-"""``unroll``: the answers of ``run``, both ways; gradients against a slow twin in plain Python, parameter by parameter."""
+"""``unroll``: the answers of ``run``, both ways; gradients against a slow twin, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fed_back(circuit: Circuit) -> Circuit:
     """The last stage's first output goes into the first input of the first stage but one that has several."""
     stages = circuit.stages
     target = next((n for n, s in enumerate(stages, start=1) if s.num_inputs > 1), 2)
-    source = next((n for n in range(len(stages), target - 1, -1)))
+    source = len(stages)
     initial = torch.full((2, 5), 0.1, dtype=torch.float64)
     return with_feedback(circuit, source=source, output=0, target=target, input=0, initial=initial, delay=1)
 
@@ -205,7 +205,9 @@ def test_what_cannot_be_unrolled_says_why() -> None:
         unroll(circuit, clip_of(1, 3), drain=False)
     with pytest.raises(CircuitError, match="takes 2 inputs"):
         unroll(parallel(random_modules(1, 3, num_sources=2)), clip_of(1))
-    ahead = cut(Chain(Conv3d(3, 2, (3, 1, 1), padding=(1, 0, 0))), torch.zeros(1, 3, 2, 2), num_stages=1, costs="uniform")
+    ahead = cut(
+        Chain(Conv3d(3, 2, (3, 1, 1), padding=(1, 0, 0))), torch.zeros(1, 3, 2, 2), num_stages=1, costs="uniform"
+    )
     with pytest.raises(CircuitError, match="looks 1 ticks ahead"):
         unroll(sequential(ahead), torch.zeros(1, 5, 3, 2, 2))
     noisy = parallel(stages_of([nn.BatchNorm2d(3), nn.Identity()], torch.zeros(2, 3, 4, 4)))

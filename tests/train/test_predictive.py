@@ -1,4 +1,4 @@
-"""The rule "unrolled": loss and gradients against slow twins, distillation by hand, training that learns, evaluation."""
+"""The rule "unrolled": loss and gradients against slow twins, distillation by hand, training, evaluation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from train.layered import layered, random_clip
+
 from sidestream.circuit.ages import lags_of, latency_ticks
 from sidestream.circuit.wire import Circuit
 from sidestream.data import synthetic_dataset
@@ -184,7 +184,7 @@ def test_target_decides_which_points_count() -> None:
         _, metrics = stepped(net, clip, points, wiring="parallel", target=target, task="keypoints")
         with torch.no_grad():
             made = slow_values(wired(net, clip[:, 0], "parallel"), clip, 7 if target == "newest" else 7 + 3)
-        assert list(made[-1])[0] == 3
+        assert next(iter(made[-1])) == 3
         losses = []
         for t, maps in made[-1].items():
             frame = t if target == "newest" else t - 3
@@ -274,7 +274,14 @@ def test_a_run_is_evaluated_as_the_circuit(tmp_path: Path) -> None:
     data = [synthetic_dataset(part=p, spec=spec, num_clips=8) for p in ("train", "test")]  # type: ignore[arg-type]
     net = ParDenseNet(data[0].num_classes, stages=(3, 1), growth=2, stem=4, bottleneck=2, num_layers=1)
     config = TrainConfig(
-        epochs=1, batch_size=4, lr=0.01, rule="unrolled", wiring="parallel", target="newest", device="cpu", num_workers=0
+        epochs=1,
+        batch_size=4,
+        lr=0.01,
+        rule="unrolled",
+        wiring="parallel",
+        target="newest",
+        device="cpu",
+        num_workers=0,
     )
     result = fit(net, data[0], data[1], config=config, out=tmp_path / "run")
     clip = torch.stack([data[1][n].clip_TCHW for n in range(len(data[1]))])

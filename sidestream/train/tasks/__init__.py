@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from sidestream.errors import InputError
 from sidestream.train.config import ON_CIRCUITS, TrainConfig
-from sidestream.train.tasks.task import IGNORED, Panel, Scores, Task
 from sidestream.train.tasks.classes import ClassTask
 from sidestream.train.tasks.drawing import DrawingTask
 from sidestream.train.tasks.keypoints import KeypointTask
+from sidestream.train.tasks.task import IGNORED, Panel, Scores, Task
 from sidestream.types import InputSpec
 
 __all__ = ["IGNORED", "ClassTask", "DrawingTask", "KeypointTask", "Panel", "Scores", "Task", "make_task"]
