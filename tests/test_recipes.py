@@ -77,7 +77,7 @@ def test_the_table_is_that_of_the_records(name: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_one_short_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_folder: Path) -> None:
+def test_one_short_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, data_dir: Path) -> None:
     module = recipe(name)
     make = module.TrainConfig
     monkeypatch.setattr(module, "TrainConfig", lambda **options: make(**{**options, "epochs": 1}))
