@@ -2,26 +2,65 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import shutil
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sidestream.report.measure import machine
-from sidestream.report.record import json_lines, read_json_lines, write_beside
+from sidestream.report.record import json_lines, read_json_lines, write_beside, write_text
 from sidestream.train import TrainResult
 
 Cell = dict[str, Any]
 """What tells one run from another: variant, model, seed ..."""
 Record = dict[str, Any]
+Run = Callable[[Cell, Path], TrainResult]
 HERE = Path(__file__).parent
 
 
-def run_all(
-    cells: Iterable[Cell], run: Callable[[Cell, Path], TrainResult], results: Path, *, command: str, runs: Path | None
+def main(
+    about: str | None,
+    run: Run,
+    report: Callable[[], str],
+    folder: Path,
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    not_by_default: Sequence[Any] = (),
 ) -> None:
+    """The command line of a recipe: the runs of all cells, or of some, then table.md and the picture.
+
+    ``axes``: what a cell says -> its values, of which those ``not_by_default`` must be asked for; the first changes
+    slowest. Each is a flag: "seed" is ``--seeds``.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, values in axes.items():
+        usual = [value for value in values if value not in not_by_default]
+        flag = f"--{name.replace('_', '-')}s"
+        parser.add_argument(flag, dest=name, nargs="+", type=type(values[0]), default=usual, choices=values)
+    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--report", action="store_true", help="no runs")
+    given = vars(parser.parse_args())
+    torch.set_num_threads(given["threads"])
+    folder.mkdir(exist_ok=True)
+    if not given["report"]:
+        chosen = itertools.product(*(given[name] for name in axes))
+        cells = [dict(zip(axes, values, strict=True)) for values in chosen]
+        command = " ".join(["python", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        run_all(cells, run, folder / "results.jsonl", command=command, runs=given["runs"])
+    table = report()
+    write_text(folder / "table.md", table + "\n")
+    print(table)
+
+
+def run_all(cells: Iterable[Cell], run: Run, results: Path, *, command: str, runs: Path | None) -> None:
     """Each cell that is not in ``results`` yet is run and appended: its options, every epoch, time and machine.
 
     ``runs``: where the folders of the runs go, with weights and checkpoints; None: they are thrown away.
@@ -63,11 +102,11 @@ def last(record: Record, name: str) -> float:
 
 
 def mean_and_spread(values: Sequence[float], scale: float = 1.0, digits: int = 1) -> str:
-    """``mean +- standard deviation (n)``."""
+    """``mean ± standard deviation (n)``; a single value has no deviation."""
     if not values:
         return ""
-    spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-    return f"{scale * statistics.mean(values):.{digits}f} ± {scale * spread:.{digits}f} ({len(values)})"
+    spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{spread} ({len(values)})"
 
 
 def draw_curves(

@@ -18,18 +18,16 @@ The score is the test accuracy of the last epoch, a clip's logits being the mean
 
 from __future__ import annotations
 
-import argparse
-import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import HERE, Cell, draw_curves, known, last, mean_and_spread, run_all
+from records import HERE, Cell, draw_curves, known, last, main, mean_and_spread
 
 from sidestream.data import ClipDataset, ClipOptions, open_dataset
 from sidestream.models import create_model, model_info
-from sidestream.report.record import write_text
 from sidestream.train import TrainConfig, TrainResult, fit
 
 FOLDER = HERE / "sideways_actions"
@@ -81,9 +79,9 @@ def clips(seed: int, size_px: int, num_frames: int) -> tuple[ClipDataset, ClipDa
     return train, test
 
 
-def report(setting: str) -> str:
+def report() -> str:
     """README's table, and curves.png."""
-    records = [r for r in known(FOLDER / "results.jsonl") if r["cell"]["setting"] == setting]
+    records = [r for r in known(FOLDER / "results.jsonl") if r["cell"]["setting"] == "small"]
     panels = {
         model: {v: [r for r in records if r["cell"]["model"] == model and r["cell"]["variant"] == v] for v in VARIANTS}
         for model in MODELS
@@ -104,31 +102,11 @@ def report(setting: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", default="small", choices=SETTINGS)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="no runs")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    FOLDER.mkdir(exist_ok=True)
-    if not given.report:
-        cells = [
-            {"setting": given.setting, "model": model, "variant": variant, "seed": seed}
-            for seed in given.seeds
-            for model in given.models
-            for variant in given.variants
-        ]
-        command = "python recipes/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        run_all(cells, sideways_actions, FOLDER / "results.jsonl", command=command, runs=given.runs)
-    table = report(given.setting)
-    write_text(FOLDER / "table.md", table + "\n")
-    print(table)
-
-
 if __name__ == "__main__":
-    main()
+    axes: dict[str, Sequence[Any]] = {
+        "seed": (0, 1, 2),
+        "setting": list(SETTINGS),
+        "model": list(MODELS),
+        "variant": list(VARIANTS),
+    }
+    main(__doc__, sideways_actions, report, FOLDER, axes, not_by_default=["large"])

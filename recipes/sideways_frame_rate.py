@@ -16,19 +16,18 @@ run: about a minute on one core. The score is the test accuracy of the last epoc
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import HERE, Cell, Record, known, last, mean_and_spread, run_all
+from records import HERE, Cell, Record, known, last, main, mean_and_spread
 
 from sidestream.data import ClipDataset, ClipOptions, open_dataset
 from sidestream.models import create_model, model_info
-from sidestream.report.record import write_beside, write_text
+from sidestream.report.record import write_beside
 from sidestream.train import TrainConfig, TrainResult, fit
 
 FOLDER = HERE / "sideways_frame_rate"
@@ -116,30 +115,6 @@ def draw(found: dict[tuple[str, int], list[Record]], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
-    parser.add_argument("--frame-steps", nargs="+", type=int, default=list(FRAME_STEPS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], choices=range(len(GROUPS)))
-    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--report", action="store_true", help="no runs")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    FOLDER.mkdir(exist_ok=True)
-    if not given.report:
-        cells = [
-            {"variant": variant, "frame_step": step, "seed": seed}
-            for seed in given.seeds
-            for step in given.frame_steps
-            for variant in given.variants
-        ]
-        command = "python recipes/" + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        run_all(cells, sideways_frame_rate, FOLDER / "results.jsonl", command=command, runs=given.runs)
-    table = report()
-    write_text(FOLDER / "table.md", table + "\n")
-    print(table)
-
-
 if __name__ == "__main__":
-    main()
+    axes: dict[str, Sequence[Any]] = {"seed": (0, 1, 2), "frame_step": FRAME_STEPS, "variant": list(VARIANTS)}
+    main(__doc__, sideways_frame_rate, report, FOLDER, axes)

@@ -70,7 +70,7 @@ def test_the_table_is_that_of_the_records(name: str, monkeypatch: pytest.MonkeyP
     readme = (module.FOLDER / "README.md").read_text(encoding="utf-8")
     (tmp_path / "results.jsonl").write_bytes((module.FOLDER / "results.jsonl").read_bytes())
     monkeypatch.setattr(module, "FOLDER", tmp_path)
-    table = module.report("small") if name == "sideways_actions" else module.report()
+    table = module.report()
     assert table.strip() == kept.strip()
     assert all(line in readme for line in table.splitlines()), "README.md shows another table than table.md"
 
