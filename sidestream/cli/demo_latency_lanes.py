@@ -22,6 +22,7 @@ from typing import Any
 from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock, WallClock
 from sidestream.engine import run
+from sidestream.engine.executors.frame_parallel import undelayed
 from sidestream.evals.streaming import Answer, RuntimeProfile, Work, run_live
 from sidestream.evals.streaming.runtimes import NUM_WARM_UP
 from sidestream.evals.streaming.schedule import one_device, pipeline
@@ -77,7 +78,7 @@ def pipelined_schedule(num_frames: int, rows: Rows, *, frame_rate: float) -> Sch
     """A worker per stage. A frame is handed on as soon as the next stage is free."""
     drawn: list[tuple[float, ...]] = []
     works = pipeline(num_frames, _kept(rows, drawn))
-    free = [0.0] * len(drawn[0])
+    free = [works[0].start] * len(drawn[0])
     spans: list[Span] = []
     for work, row in zip(works, drawn, strict=True):
         ready = work.start
@@ -148,7 +149,7 @@ def measured(
     ``clock``: what the stages are timed by; default: the processor time of the thread, which other programs on a busy
     machine do not stretch as they stretch the wall clock's.
     """
-    timed, circuit = _timed(circuit, clock or ThreadClock())
+    timed, circuit = _timed(undelayed(circuit), clock or ThreadClock())  # an answer then costs a step of every stage
     wall = WallClock()
 
     def fed() -> Iterator[Frame]:

@@ -26,7 +26,7 @@ def evaluate(
     eta: float = 0.0,
     forecast: bool = False,
     predictive: bool = False,
-    stages: int = 1,
+    stages: int | None = None,
     wiring: str = "pipelined",
     executor: str = "threads",
     runtime_ms: tuple[float, ...] = (),
@@ -63,7 +63,8 @@ def evaluate(
         eta: ask for each frame's truth so many frame times before it comes; -1 asks when the next one does.
         forecast: move answers on to the moment for which they are asked, at constant velocity (keypoints and boxes).
         predictive: an answer speaks of the newest frame of its tick (a net trained to predict), not of an older one.
-        stages: number of stages that the model is cut into.
+        stages: number of stages that the model is cut into (default: 1; par_densenet, par_inception: their own, as
+            trained by `sidestream train --rule unrolled`).
         wiring: sequential, pipelined, parallel, or semi-parallel:G.
         executor: auto, threads, sequential, frame-parallel, or inline.
         runtime_ms: simulated time for a frame in milliseconds, or one for each stage.

@@ -41,17 +41,12 @@ def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Every frame of the test clips, offline and (with --streaming) live; and what the circuit is."""
-    import torch
-
     from sidestream.circuit.ages import latency_ticks
-    from sidestream.circuit.cut import cut
-    from sidestream.circuit.wiring import wire
     from sidestream.data import open_dataset
     from sidestream.evals.streaming.judge import classes_answer, judge, points_answer
     from sidestream.evals.streaming.labelled import labelled_clips, num_points
     from sidestream.models import info_of
     from sidestream.models.create import model_info
-    from sidestream.models.on_stream import on_stream
 
     _check(given)
     device = _device(given)
@@ -61,11 +56,7 @@ def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     net: Any = _model(given, num_points(dataset) if is_points else dataset.num_classes)
     info = info_of(net)
     assert info is not None  # create_model hangs one on every model
-    if info.input_spec.layout == "BTCHW":
-        net, info = on_stream(net, _with_spec(info, spec))
-        spec = info.input_spec
-    example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
-    circuit = wire(cut(net.eval(), example, num_stages=given["stages"]), given["wiring"])
+    circuit, spec = _circuit(given, net, info, spec)
     clips = labelled_clips(dataset, given["head"], frame_rate=given["frame_rate"], max_clips=given["max_clips"])
     judged = judge(
         circuit,
@@ -88,6 +79,26 @@ def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         "is_simulated": device is not None,
     }
     return judged, about
+
+
+def _circuit(given: dict[str, Any], net: Any, info: Any, spec: InputSpec) -> tuple[Any, InputSpec]:
+    """The net in the stages that it has by itself, or cut; and what a frame is prepared by."""
+    import torch
+
+    from sidestream.circuit.cut import cut
+    from sidestream.circuit.net_stages import net_circuit
+    from sidestream.circuit.wiring import wire
+    from sidestream.models.depth_net import DepthNet
+    from sidestream.models.on_stream import on_stream
+
+    example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
+    if given["stages"] is None and isinstance(net, DepthNet) and spec.frame_step == 1:
+        fed = spec.replace(layout="BCHW", num_frames=1, min_frames=None)
+        return net_circuit(net.eval(), example, given["wiring"]), fed
+    if info.input_spec.layout == "BTCHW":
+        net, info = on_stream(net, _with_spec(info, spec))
+        spec = info.input_spec
+    return wire(cut(net.eval(), example, num_stages=given["stages"] or 1), given["wiring"]), spec
 
 
 def _model(given: dict[str, Any], num_outputs: int) -> Any:
@@ -143,7 +154,7 @@ def _device(given: dict[str, Any]) -> Any:
 def _check(given: dict[str, Any]) -> None:
     if not given["frame_rate"] > 0:
         raise InputError(f"--frame-rate {given['frame_rate']}; give frames per second above 0")
-    if given["stages"] < 1:
+    if given["stages"] is not None and given["stages"] < 1:
         raise InputError(f"--stages {given['stages']}; give 1 or more")
     if given["max_clips"] is not None and given["max_clips"] < 1:
         raise InputError(f"--max-clips {given['max_clips']}; give 1 or more")

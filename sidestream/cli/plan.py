@@ -120,8 +120,9 @@ def _load(flags: ModelFlags) -> tuple[Any, Any]:
     """The model as it runs on a stream, and its info; refuses models whose answers the command cannot show."""
     from sidestream.models import create_model, info_of
     from sidestream.models.on_stream import on_stream
+    from sidestream.nn.combine import PerFrame
 
-    model = create_model(
+    model: Any = create_model(
         flags.model,
         num_classes=flags.num_classes,
         weights=None if flags.weights == "random" else flags.weights,
@@ -136,7 +137,10 @@ def _load(flags: ModelFlags) -> tuple[Any, Any]:
             f"{flags.model} answers with {info.task}, not with {known}; use the Python API (sidestream.run)"
         )
     if info.input_spec.layout == "BTCHW":
-        model, info = on_stream(model, info)
+        chain, info = on_stream(model, info)
+        model = chain
+        if len(chain.layers) == 1 and isinstance(frames := chain.layers[0], PerFrame):
+            model = frames.module  # a net on frames, which can be cut anywhere inside
     return model, info
 
 

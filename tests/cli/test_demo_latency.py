@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +66,8 @@ def simulated_by_steps(
                     waiting[stage + 1].append(number)
                 else:
                     num_done += 1
-        newest = min(int(now), num_frames - 1)
-        is_new = not taken or newest > taken[-1]
+        newest = int(now)
+        is_new = newest < num_frames and (not taken or newest > taken[-1])  # the camera shows nothing after the last
         is_allowed = num_done == len(taken) if one_at_a_time else now >= may_take
         if is_new and is_allowed:
             may_take = now + max(rows[len(taken)])
@@ -146,7 +147,7 @@ def test_a_live_run_times_what_each_stage_did(executor: str) -> None:
     for stage in range(2):
         own = [s for s in lane.spans if s.stage == stage]
         assert [s.frame_index for s in own] == [a.frame_index for a in lane.answers]
-        assert all(a.end_seconds <= b.start_seconds for a, b in zip(own, own[1:], strict=False))
+        assert all(a.end_seconds <= b.start_seconds for a, b in pairwise(own))
     for answer in lane.answers:
         first, second = (
             next(s for s in lane.spans if (s.stage, s.frame_index) == (k, answer.frame_index)) for k in (0, 1)
@@ -316,7 +317,8 @@ def test_a_file_in_slow_motion_on_the_command_line(tmp_path: Path) -> None:
     """A model without weights, really measured: nothing is drawn and nothing judged; two pictures for each frame."""
     from sidestream.video import SyntheticVideo, write
 
-    clip = write(tmp_path / "c.mp4", iter(SyntheticVideo(num_frames=6, size_px=(48, 64))), frame_rate=12.5)
+    pictures = (frame.rgb_HWC for frame in SyntheticVideo(num_frames=6, size_px=(48, 64)))
+    clip = write(tmp_path / "c.mp4", pictures, frame_rate=12.5)
     out = tmp_path / "out"
     command = ["demo", "--latency", "--source", str(clip), "--model", NET, "--stages", "2", "--timing", "simulated"]
     assert main([*command, "--slow-motion", "2", "--out", str(out)]) == 0

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
+from sidestream.data.joints import JHMDB_JOINTS
 from sidestream.errors import LayoutError
 from sidestream.types import Frame
 from sidestream.video import SHAPE_NAMES, SyntheticVideo, overlay
-from sidestream.video.overlay import COLOURS
+from sidestream.video.overlay import COLOURS, JHMDB_SKELETON
 
 SIZES = [(120, 160), (240, 320), (1080, 1920), (320, 180), (32, 40)]
 
@@ -73,6 +76,41 @@ def test_points_are_drawn_round_their_place() -> None:
         assert np.ptp(xs) < 12
 
 
+def test_points_are_fainter_the_less_sure_they_are() -> None:
+    frame = black((240, 320))
+    points = torch.tensor([[40.0, 50.0], [120.0, 50.0], [200.0, 50.0], [float("nan"), 50.0]])
+    drawn = overlay(frame, points_NP2_px=points, scores_NP=torch.tensor([0.4, 0.2, 0.0, 0.4])).rgb_HWC
+    for x, share in ((40, 1.0), (120, 0.3 + 0.7 * 0.5), (200, 0.3)):
+        expected = 60 * (1 - share) + np.array(COLOURS[0]) * share
+        assert np.abs(drawn[50, x].numpy() - expected).max() <= 2
+    assert not changed(frame, overlay(frame, points_NP2_px=points[3:])).any()
+    many = overlay(frame, points_NP2_px=torch.stack([points, points + 60]), scores_NP=torch.ones(2, 4)).rgb_HWC
+    assert many[110, 100].tolist() == list(COLOURS[1])
+
+
+def test_a_skeleton_joins_its_points_and_no_others() -> None:
+    frame = black((240, 320))
+    points = torch.tensor([[40.0, 40.0], [140.0, 40.0], [140.0, 140.0], [40.0, float("nan")]])
+    limbs = ((0, 1), (2, 3))
+    touched = changed(frame, overlay(frame, points_NP2_px=points, skeleton=limbs))
+    assert touched[40, 40:140].all()
+    assert not touched[60:120].any()  # neither 1 - 2, which is no limb, nor 2 - 3, which has no second end
+    faint = overlay(frame, points_NP2_px=points, skeleton=limbs, scores_NP=torch.tensor([1.0, 0.5, 1, 1])).rgb_HWC
+    assert np.abs(faint[40, 90].numpy() - (60 * 0.35 + np.array(COLOURS[0]) * 0.65)).max() <= 2
+
+
+def test_the_skeleton_of_jhmdb_joins_the_joints_that_belong_together() -> None:
+    named = {frozenset((JHMDB_JOINTS[a], JHMDB_JOINTS[b])) for a, b in JHMDB_SKELETON}
+    chains = [("neck", "shoulder", "elbow", "wrist"), ("belly", "hip", "knee", "ankle")]
+    expected = {frozenset(("neck", "face")), frozenset(("neck", "belly"))}
+    for trunk, *limb in chains:
+        for side in "rl":
+            names = [trunk, *(f"{side}_{part}" for part in limb)]
+            expected |= {frozenset(each) for each in pairwise(names)}
+    assert named == expected
+    assert len(JHMDB_SKELETON) == 14
+
+
 def test_masks_tint_their_pixels_and_no_others() -> None:
     frame = black((240, 320))
     mask = torch.zeros(1, 240, 320, dtype=torch.bool)
@@ -108,5 +146,9 @@ def test_wrong_shapes_are_refused() -> None:
         overlay(frame, masks_NHW=np.zeros((1, 50, 40)))
     with pytest.raises(LayoutError, match="points_NP2_px"):
         overlay(frame, points_NP2_px=np.zeros((2, 3, 3)))
+    with pytest.raises(LayoutError, match=r"scores_NP has shape \(1, 2\); expected \(2, 3\)"):
+        overlay(frame, points_NP2_px=np.zeros((2, 3, 2)), scores_NP=np.zeros(2))
+    with pytest.raises(LayoutError, match=r"the skeleton joins \(0, 3\), but there are 3 points"):
+        overlay(frame, points_NP2_px=np.zeros((3, 2)), skeleton=[(0, 1), (0, 3)])
     with pytest.raises(LayoutError, match="2 box_labels for 1 boxes"):
         overlay(frame, boxes_N4_px=np.zeros((1, 4)), box_labels=["a", "b"])
