@@ -1,4 +1,4 @@
-"""How slow must the video be? Backprop, Sideways and Skip-Sideways at falling frame rates.
+"""How slow must the video be? Backprop and Sideways at falling frame rates.
 
     SIDESTREAM_DATA=... python recipes/sideways_frame_rate.py                  # all runs; what is done is not repeated
     SIDESTREAM_DATA=... python recipes/sideways_frame_rate.py --report        # table and picture from the records
@@ -37,7 +37,11 @@ GROUPS = ("daria,denis,eli", "ido,ira,lena", "lyova,moshe,shahar")
 VARIANTS: dict[str, dict[str, Any]] = {
     "backprop": {"rule": "backprop"},
     "sideways": {"rule": "sideways"},
-    "skip-sideways": {"rule": "sideways", "skips": "projection"},
+}
+SHOWN = {
+    "test_accuracy": ("test accuracy, %", 100.0, 1),
+    "train_accuracy": ("training accuracy, %", 100.0, 1),
+    "train_loss": ("training loss", 1.0, 2),
 }
 
 
@@ -77,16 +81,14 @@ def report() -> str:
         for s in FRAME_STEPS
     }
     draw(found, FOLDER / "frame_rate.png")
-    lines = ["| test accuracy, % | " + " | ".join(f"{FRAME_RATE / s:g} fps" for s in FRAME_STEPS) + " |"]
-    lines.append("| --- |" + " ---: |" * len(FRAME_STEPS))
-    for v in VARIANTS:
-        cells = [mean_and_spread([last(r, "test_accuracy") for r in found[v, s]], 100) for s in FRAME_STEPS]
-        lines.append(f"| {v} | " + " | ".join(cells) + " |")
-    lines += ["", lines[0].replace("test accuracy", "training accuracy"), lines[1]]
-    for v in VARIANTS:
-        cells = [mean_and_spread([last(r, "train_accuracy") for r in found[v, s]], 100) for s in FRAME_STEPS]
-        lines.append(f"| {v} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    lines: list[str] = []
+    for name, (title, scale, digits) in SHOWN.items():
+        lines += ["", f"| {title} | " + " | ".join(f"{FRAME_RATE / s:g} fps" for s in FRAME_STEPS) + " |"]
+        lines.append("| --- |" + " ---: |" * len(FRAME_STEPS))
+        for v in VARIANTS:
+            cells = [mean_and_spread([last(r, name) for r in found[v, s]], scale, digits) for s in FRAME_STEPS]
+            lines.append(f"| {v} | " + " | ".join(cells) + " |")
+    return "\n".join(lines[1:])
 
 
 def draw(found: dict[tuple[str, int], list[Record]], path: Path) -> None:
@@ -95,19 +97,18 @@ def draw(found: dict[tuple[str, int], list[Record]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 3.8), sharey=True)
-    for axis, name in zip(axes, ("test_accuracy", "train_accuracy"), strict=True):
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(13, 3.8))
+    for axis, (name, (title, scale, _)) in zip(axes, SHOWN.items(), strict=True):
         for number, variant in enumerate(VARIANTS):
-            points = [(s, [100 * last(r, name) for r in found[variant, s]]) for s in FRAME_STEPS if found[variant, s]]
+            points = [(s, [scale * last(r, name) for r in found[variant, s]]) for s in FRAME_STEPS if found[variant, s]]
             rates = [FRAME_RATE / s for s, _ in points]
             axis.plot(rates, [statistics.mean(v) for _, v in points], marker="o", label=variant, color=f"C{number}")
             for rate, (_, values) in zip(rates, points, strict=True):
                 axis.plot([rate * (0.97 + 0.03 * number)] * len(values), values, ".", color=f"C{number}", alpha=0.5)
         axis.set_xscale("log", base=2)
         axis.set_xticks([FRAME_RATE / s for s in FRAME_STEPS], [f"{FRAME_RATE / s:g}" for s in FRAME_STEPS])
-        axis.set(xlabel="frames per second", title=name.replace("_", " "))
+        axis.set(xlabel="frames per second", title=title)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("%")
     axes[0].legend()
     figure.tight_layout()
     with write_beside(path) as part:
