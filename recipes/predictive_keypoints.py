@@ -10,7 +10,7 @@ reach; the question is the paper's: what is lost where no stage waits for anothe
 
 Data: JHMDB's joints, official split 1: the clips that have joints, 15 a frame; 16 successive frames of 48 x 48 pixels,
 random crops and flips in training. par_densenet_tiny, 8 stages, in every variant; batches of 8, AdamW, one update per
-batch. The sequential net is trained once per seed (``PRETRAINING`` epochs, kept in predictive_keypoints/pretrained);
+batch. The sequential net is trained once per seed (``PRETRAINING`` epochs, kept in predictive_keypoints/runs);
 every variant, "sequential" too, goes on from it for ``EPOCHS`` more, and distilled ones have it for a teacher, with the
 weight ``DISTILL``. There is no validation part: epochs and weight were set beforehand, not by a score.
 
@@ -84,7 +84,7 @@ SHARED: dict[str, Any] = {"task": "keypoints", "optimizer": "adamw", "lr": 2e-3,
 
 def pretrained(seed: int) -> Path:
     """The last weights of the sequential net, trained once per seed and kept."""
-    folder = FOLDER / "pretrained" / str(seed)
+    folder = FOLDER / "runs" / f"sequential-{seed}"
     if not (folder / "done").is_file():
         train_data, test_data = clips(seed)
         torch.manual_seed(seed)

@@ -63,6 +63,7 @@ class LatencyFlags:
 
 def demo_latency(flags: LatencyFlags, say: Callable[[str], None]) -> int:
     """Make latency.mp4, latency.png, the logs and the table in ``flags.out``, and say where they are."""
+    from sidestream.cli.demo_latency_film import film, still
     from sidestream.cli.demo_latency_picture import Scene
     from sidestream.report.measure import num_cores
     from sidestream.report.record import write_text
@@ -127,36 +128,6 @@ def table_of(
     for row, pairs in zip(rows, (*judged, *ceiling), strict=True):
         row += [f"{figure(pairs):.3f}" for _, figure in figures]
     return (*header, *(name for name, _ in figures)), rows
-
-
-def film(scene: Any, path: Path, *, slow_motion: int) -> list[Path]:
-    """The video: ``slow_motion`` pictures for each frame of the camera, shown at the camera's rate."""
-    from sidestream.cli.demo_latency_picture import Painter
-    from sidestream.video import VideoWriter
-
-    painter = Painter(scene)
-    with VideoWriter(path, frame_rate=scene.frame_rate, size_px=painter.size_px) as writer:
-        for number in range(len(scene.frames) * slow_motion):
-            writer.add(painter.picture(number / (slow_motion * scene.frame_rate)))
-    return [path]
-
-
-def still(scene: Any, path: Path) -> Path:
-    """The moment in the second half of the clip at which the first lane is furthest behind the second."""
-    from PIL import Image
-
-    from sidestream.cli.demo_latency_picture import Painter, newest_answer
-    from sidestream.report.record import write_beside
-
-    def lead(t: float) -> float:
-        first, second = (newest_answer(lane, t) for lane in scene.lanes[:2])
-        return -1.0 if first is None or second is None else second.pts_seconds - first.pts_seconds
-
-    times = [frame.pts_seconds for frame in scene.frames]
-    picture = Painter(scene).picture(max(times[len(times) // 2 :], key=lead))
-    with write_beside(path) as part:
-        Image.fromarray(picture).quantize(256).save(part, format="png", optimize=True)
-    return path
 
 
 def _check(flags: LatencyFlags) -> None:

@@ -13,7 +13,7 @@ our reading; where the paper's feedback enters, and how, is not known to us.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,9 +73,14 @@ class DepthNet(nn.Module, ABC):
     def class_head(self) -> nn.Module:
         """From those maps to logits: a module on frames, or a ``Steppable``."""
 
+    @property
+    @abstractmethod
+    def fed_module(self) -> nn.Module:
+        """The part of block ``feedback_into`` that has ``feedback``: None, or the weights for the answer's channels."""
+
     @abstractmethod
     def make_feedback(self, num_channels: int) -> None:
-        """Give block ``feedback_into`` the weights, zeros, for ``num_channels`` more channels."""
+        """Give ``fed_module`` the weights, zeros, for ``num_channels`` more channels."""
 
     def depth_blocks(self) -> list[Block]:
         """The stages of the net; the head is part of the last."""
@@ -100,11 +105,24 @@ class DepthNet(nn.Module, ABC):
     def remove_class_head(self) -> None: ...
 
     def add_feedback(self) -> DepthNet:
-        """From now on the last answer is read too. Adds parameters, zeros; call it before loading weights with them."""
+        """From now on the last answer is read too. Adds parameters, zeros. Loading weights that have them calls it."""
         if not self.has_feedback:
             self.make_feedback(self.num_outputs)
             self.has_feedback = True
         return self
+
+    def remove_feedback(self) -> DepthNet:
+        """Back to the net without; the weights are lost."""
+        self.fed_module.feedback = None  # type: ignore[assignment]  # modules say Tensor or Module
+        self.has_feedback = False
+        return self
+
+    def grow_for(self, keys: Iterable[str]) -> Callable[[], object] | None:
+        """Add feedback if weights with these keys have it and the net has not; give what undoes that."""
+        if self.has_feedback or not any(key.endswith("feedback.weight") for key in keys):
+            return None
+        self.add_feedback()
+        return self.remove_feedback
 
     def no_answer(self, like: Tensor) -> Tensor:
         """What is fed back before there is an answer; for frames of any size, and any number of streams."""

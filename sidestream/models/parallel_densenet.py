@@ -123,8 +123,12 @@ class ParDenseNet(DepthNet):
     def remove_class_head(self) -> None:
         self.head = nn.Sequential()
 
+    @property
+    def fed_module(self) -> DenseStage:
+        return self.stages[self.feedback_into - 1]  # type: ignore[return-value]
+
     def make_feedback(self, num_channels: int) -> None:
-        self.stages[self.feedback_into - 1].make_feedback(num_channels)  # type: ignore[operator]
+        self.fed_module.make_feedback(num_channels)
 
 
 class DenseStage(nn.Module):

@@ -99,6 +99,10 @@ class ParInception(DepthNet):
     def remove_class_head(self) -> None:
         self.logits = nn.Identity()
 
+    @property
+    def fed_module(self) -> nn.Module:
+        return self
+
     def make_feedback(self, num_channels: int) -> None:
         weight: Tensor = self.get_submodule("Conv3d_2b_1x1").conv3d.weight  # type: ignore[assignment,union-attr]
         self.feedback = zero_conv(num_channels, weight.shape[0], weight)

@@ -29,7 +29,7 @@ from sidestream.models.create import create_model, key_map_of, model_info
 from sidestream.models.info import attach_info, info_of
 from sidestream.models.model_card import LIBRARY, TAGS, card_metadata, card_text
 from sidestream.models.saved_config import CONFIG, DTYPES, config_of, head_of, read_config, spec_of
-from sidestream.models.weights import load_weights, loadable, misfits, save_weights
+from sidestream.models.weights import grow_for, load_weights, loadable, misfits, save_weights
 
 FilePath = str | os.PathLike[str]
 Metrics = Mapping[str, Any]
@@ -160,6 +160,7 @@ def _check_loads(net: nn.Module, config: dict[str, Any]) -> None:
         raise
     except Exception:  # a few nets compute while they are made, which cannot be done without memory
         return
+    grow_for(fresh, loadable(net).state_dict())
     shapes = [{key: value.shape for key, value in loadable(m).state_dict().items()} for m in (fresh, net)]
     if problems := misfits(*shapes):
         raise ModelError(

@@ -81,12 +81,15 @@ def read_state(path: str | os.PathLike[str]) -> StateDict:
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) -> None:
     """Copy ``state`` into ``model``, strictly; ``origin`` says in the error where it came from."""
     target = loadable(model)
-    own = target.state_dict()
     given = dict(state)
+    undo = grow_for(target, given)
+    own = target.state_dict()
     for key in own.keys() - given.keys():
         if key.endswith(".num_batches_tracked"):  # absent from old files, and no answer depends on it
             given[key] = own[key]
     if problems := misfits({k: v.shape for k, v in own.items()}, {k: v.shape for k, v in given.items()}):
+        if undo is not None:
+            undo()
         raise WeightsError(
             f"the weights in {origin} do not fit {type(target).__name__}: {'; '.join(problems)}. "
             "Give the file that belongs to this model (see 'sidestream models'), and its num_classes if it has its own"
@@ -94,6 +97,12 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, origin: str) ->
     fitting = OrderedDict(given)
     fitting._metadata = getattr(own, "_metadata", {})  # type: ignore[attr-defined]  # versions, which files do not hold
     target.load_state_dict(fitting, strict=True)
+
+
+def grow_for(model: nn.Module, state: Mapping[str, Tensor]) -> Callable[[], object] | None:
+    """Give ``model`` the parts that ``state`` has and it may lack (feedback); what takes them away again, if any."""
+    grow = getattr(loadable(model), "grow_for", None)
+    return None if grow is None else grow(state)
 
 
 def misfits(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> list[str]:

@@ -19,6 +19,8 @@ from torch import Tensor
 from sidestream.errors import InputError
 
 DISTRIBUTIONS = ("uniform", "normal")
+MOST_NUMBERS = 2**29
+"""Of one dense matrix of direct feedback: 2 GiB in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,11 @@ class ErrorFeedback:
         return (error.flatten(1) @ weights.to(error.dtype).T).to(output.dtype).view(output.shape)
 
     def weights(self, name: str, output: Tensor, error: Tensor) -> Tensor:
-        """B of the layer ``name``. Raises ``InputError`` where an earlier output or error was of another size."""
+        """B of the layer ``name``. Raises ``InputError`` where it would be too large (``check_dense``), or where an
+        earlier output or error was of another size."""
         shape = (output[0].numel(), error[0].numel())
         if name not in self._drawn:
+            check_dense(f"the output of {name}", *shape)
             self._drawn[name] = self.draw(name, shape, shape[0], output)
         drawn = self._drawn[name]
         if drawn.shape != shape:
@@ -86,3 +90,13 @@ class ErrorFeedback:
                 f"weights were drawn for {drawn.shape[0]} and {drawn.shape[1]}: train on frames of one size"
             )
         return drawn
+
+
+def check_dense(what: str, num_outputs: int, num_errors: int) -> None:
+    """Raises ``InputError`` for a dense matrix of more than ``MOST_NUMBERS``: answers that are pictures or maps."""
+    if (count := num_outputs * num_errors) > MOST_NUMBERS:
+        raise InputError(
+            f"direct feedback from an answer of {num_errors} numbers to {what}, {num_outputs} numbers, takes a dense "
+            f"matrix of {count / 1e9:.1f} billion ({4 * count / 2**30:.0f} GiB in float32; at most {MOST_NUMBERS}): it "
+            "is for nets that answer with logits; use feedback='random', smaller frames, or task='clip' or 'frame'"
+        )

@@ -26,6 +26,23 @@ DEPTH_PARALLEL = ("exact", "sideways")
 """Rules that train a net's stages side by side; the fields from ``update`` on are theirs."""
 ON_CIRCUITS = (*DEPTH_PARALLEL, "unrolled")
 """Rules whose nets are circuits, which answer every frame, late."""
+RULES_OF: dict[str, tuple[str, ...]] = {
+    "update": DEPTH_PARALLEL,
+    "keep": ("exact",),
+    "loss_delay": ("sideways",),
+    "executor": DEPTH_PARALLEL,
+    "state_ticks": DEPTH_PARALLEL,
+    "num_stages": DEPTH_PARALLEL,
+    "target": ON_CIRCUITS,
+    "bptt_frames": ("backprop",),
+    "wiring": ("unrolled",),
+    "feedback_wire": ("unrolled",),
+    "teacher": ("unrolled",),
+    "distill": ("unrolled",),
+    "distill_frame": ("unrolled",),
+}
+"""Options that mean something to some rules only: given with another one they would be passed over."""
+BUILT_IN = ("backprop", *ON_CIRCUITS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +71,11 @@ class TrainConfig:
     schedule: str = "cosine"
     warmup_epochs: float = 1.0
     clip_norm: float | None = None
-    """Longest gradient, all parameters of an optimiser together."""
+    """Longest gradient, all parameters of an optimiser together: the whole net's under "backprop" and "unrolled", each
+    stage's under the others."""
     label_smoothing: float = 0.0
     accumulate: int = 1
-    """Batches whose gradients are averaged for one update."""
+    """Batches whose gradients are averaged for one update; what is left at the end of an epoch is divided by it too."""
     seed: int = 0
     precision: str = "no"
     device: str = "auto"
@@ -134,6 +152,11 @@ class TrainConfig:
                 raise InputError(f"{name} is {getattr(self, name)}; give 0 or more")
         if not (math.isfinite(self.lr) and self.lr > 0):
             raise InputError(f"lr is {self.lr}; give a number above 0")
+        if self.warmup_epochs > self.epochs:
+            raise InputError(
+                f"warmup_epochs is {self.warmup_epochs:g}, but there are {self.epochs} epochs: the rate never reaches "
+                "lr; give at most as many"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise InputError(f"label_smoothing is {self.label_smoothing}; give 0 or more, below 1")
         if self.clip_norm is not None and not self.clip_norm > 0:
@@ -148,6 +171,19 @@ class TrainConfig:
             raise InputError(f"distill is {self.distill}, but there is no teacher; give its weights file")
         if self.num_stages is not None and self.num_stages < 2:
             raise InputError(f"num_stages is {self.num_stages}; give 2 or more: a single stage has no depth to share")
+
+        self._check_known()
+
+    def _check_known(self) -> None:
+        """Raises ``InputError`` for options that this rule or task would pass over."""
+        defaults = {each.name: each.default for each in dataclasses.fields(self)}
+        for name, rules in RULES_OF.items():
+            value = getattr(self, name)
+            if self.rule in BUILT_IN and self.rule not in rules and value != defaults[name]:
+                known = f"only {', '.join(map(repr, rules))} {'knows' if len(rules) == 1 else 'know'} it"
+                raise InputError(f"{name}={value!r} with the rule {self.rule!r}; {known}")
+        if self.task != "future" and self.horizon != 1:
+            raise InputError(f"horizon={self.horizon} with the task {self.task!r}; only 'future' knows it")
 
     def replace(self, **changes: Any) -> TrainConfig:
         return dataclasses.replace(self, **changes)

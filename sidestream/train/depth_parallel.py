@@ -28,10 +28,11 @@ from sidestream.nn.feedback_alignment import own_feedback
 from sidestream.train.config import TrainConfig
 from sidestream.train.diagnose import gradient_errors
 from sidestream.train.diagnostics import NUM_CLIPS, stage_records
-from sidestream.train.feedback import give_feedback
+from sidestream.train.feedback import check_direct, give_feedback
 from sidestream.train.gradient_bound import row_of
 from sidestream.train.gradient_error import GradientError
 from sidestream.train.rules import MakeOptimizer, Metrics, NotFinite, StepContext, Update, check_finite
+from sidestream.train.skip_net import SkipNet
 from sidestream.train.stages import circuit_of, ticks_to_learn
 from sidestream.train.tasks import IGNORED, Task
 from sidestream.train.undisturbed import undisturbed
@@ -62,6 +63,15 @@ class DepthParallel:
                 f"diagnose={context.config.diagnose} with feedback='random' on a net that is cut: its stages have no "
                 "other backward to compare with; take a net that says what its layers are, such as vgg8"
             )
+        if context.config.feedback == "direct":
+            check_direct(self._circuit.stages)
+        if context.config.state_ticks and all(stage.init_state is None for stage in self._circuit.stages):
+            raise InputError(
+                f"state_ticks={context.config.state_ticks} with {type(context.model).__name__}, no stage of which has "
+                "a state that a gradient could cross; leave it out"
+            )
+        if not any(parameters_of(self._circuit.stages)):
+            raise InputError("there is no parameter to train; set requires_grad on those that are to be trained")
         self._task.align(self._circuit)
         check_length(self._circuit, num_frames, kind, context.config)
         self._groups = [own for own in parameters_of(self._circuit.stages) if own]
@@ -193,8 +203,8 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
         raise InputError(f"precision={config.precision!r} with the rule {config.rule!r}; it trains in float32: 'no'")
     if config.accumulate > 1 and config.update != "clip":
         raise InputError(f"accumulate={config.accumulate} with update={config.update!r}; it goes with update='clip'")
-    if config.rule != "sideways" and config.loss_delay:
-        raise InputError(f"loss_delay={config.loss_delay} with the rule {config.rule!r}; only 'sideways' knows it")
+    if config.num_stages is not None and isinstance(model, SkipNet):
+        raise InputError(f"num_stages={config.num_stages} with skips, where every layer is a stage; leave one out")
     if config.rule == "exact" and config.keep == "graph" and config.update != "clip":
         raise InputError(
             f"update={config.update!r} changes weights that a kept graph still needs; use update='clip', or "

@@ -7,16 +7,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sidestream.circuit.build_stages import stages_of
+from sidestream.circuit.stage import Stage
 from sidestream.errors import InputError
 from sidestream.nn.feedback_alignment import with_random_feedback, without_random_feedback
-from sidestream.nn.feedback_weights import Draw, ErrorFeedback
+from sidestream.nn.feedback_weights import Draw, ErrorFeedback, check_dense
 from sidestream.train.config import TrainConfig
 
 
@@ -32,9 +34,34 @@ def take_feedback(model: nn.Module, config: TrainConfig) -> None:
         without_random_feedback(model)
 
 
-def direct_feedback(model: nn.Module, config: TrainConfig) -> Callable[[], AbstractContextManager[None]]:
-    """A context for the forward pass: inside, layers are given B e, over random B from the run's seed, if asked for."""
-    return DirectHooks(model, Draw(config.seed)).around_forward if config.feedback == "direct" else nullcontext
+def direct_feedback(
+    model: nn.Module, config: TrainConfig, frame_BCHW: Tensor | None = None
+) -> Callable[[], AbstractContextManager[None]]:
+    """A context for the forward pass: inside, layers are given B e, over random B from the run's seed, if asked for.
+
+    ``frame_BCHW``: what the first layer will be given; with it, matrices that are too large are refused at once.
+    """
+    if config.feedback != "direct":
+        return nullcontext
+    hooks = DirectHooks(model, Draw(config.seed))
+    if frame_BCHW is not None:
+        check_direct(stages_of(hooks.modules, frame_BCHW).stages)
+    return hooks.around_forward
+
+
+def check_direct(stages: Sequence[Stage]) -> None:
+    """Raises ``InputError`` where the feedback weights to a stage, dense matrices, would be too large.
+
+    ``stages``: tried out on an example, as those of nets that were cut or built of layers are.
+    """
+    counts: list[int] = []
+    for stage in stages:
+        example: Any = (stage.example_inputs or (None,))[0]
+        if stage.output_bytes is None or not isinstance(example, Tensor):
+            return
+        counts.append(stage.output_bytes[0] // example.element_size() // len(example))
+    for number, count in enumerate(counts[:-1], start=1):
+        check_dense(f"stage {number}", count, counts[-1])
 
 
 class DirectHooks:
@@ -53,14 +80,14 @@ class DirectHooks:
                 "them, so backprop cannot give them direct feedback; take a net such as vgg8 or simple_cnn without "
                 "skips, feedback='random', or for skips the rules 'exact' and 'sideways'"
             )
-        self._modules: list[nn.Module] = modules()
+        self.modules: list[nn.Module] = modules()
         self._feedback = ErrorFeedback(draw)
 
     @contextmanager
     def around_forward(self) -> Iterator[None]:
         """Inside, passes are recorded so that they will go back directly."""
         made: dict[int, Tensor] = {}
-        numbered = enumerate(self._modules, start=1)
+        numbered = enumerate(self.modules, start=1)
         handles = [m.register_forward_hook(functools.partial(self._after, number, made)) for number, m in numbered]
         try:
             yield
@@ -72,7 +99,7 @@ class DirectHooks:
         if not isinstance(output, Tensor) or len(made) != number - 1:
             what = f"gave {type(output).__name__}" if not isinstance(output, Tensor) else f"came after {len(made)}"
             raise InputError(f"layer {number} {what}; direct feedback takes layers in a row that give one tensor each")
-        if number < len(self._modules):
+        if number < len(self.modules):
             made[number] = output
             return output.detach()
         outputs = tuple(made.values())

@@ -37,6 +37,8 @@ class TrainResult:
     num_epochs: int
     """Epochs that were done: fewer than asked for where it stopped early."""
     num_updates: int
+    """Of the learning rate: batches / ``accumulate``. With ``bptt_frames``, and ``update`` other than "clip", there are
+    several of the weights within each."""
     seconds: float
     """Of the whole run, over all the times it was resumed."""
     test_accuracy: float | None
@@ -106,7 +108,9 @@ def fit(
     rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW, task))
     task.check_clips(model, example_BTCHW.shape[1])
     if config.diagnose and not hasattr(rule, "diagnose"):
-        raise InputError(f"diagnose={config.diagnose} with the rule {config.rule!r}, whose gradients are the true ones")
+        raise InputError(
+            f"diagnose={config.diagnose} with the rule {config.rule!r}; only 'exact' and 'sideways' are looked at"
+        )
     optimizers = rule.make_optimizers(lambda parameters: accelerator.prepare(make_optimizer(parameters, config)))
     if not resume and accelerator.is_main_process:
         folder.start(config, _about(model, train_data, test_data) | dict(about or {}))

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from sidestream.data.sampling import random_generator
+from sidestream.errors import InputError
 from sidestream.train.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -16,16 +17,24 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """An ``Accelerator`` as the configuration wants it; one of an earlier run in this program does not matter."""
+    """An ``Accelerator`` as the configuration wants it; one of an earlier run in this program does not matter.
+
+    Raises ``InputError`` for "fp16" where there is no GPU.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()  # it remembers the precision of the last run, and refuses another one
-    return Accelerator(
+    made = Accelerator(
         cpu=config.device == "cpu",
         mixed_precision=config.precision,
         gradient_accumulation_steps=config.accumulate,
     )
+    if config.precision == "fp16" and made.scaler is None:  # which passes updates over that are not finite
+        raise InputError(
+            f"precision='fp16' on {made.device.type!r}, where gradients are not scaled; use 'bf16' or 'no'"
+        )
+    return made
 
 
 def gather_objects(accelerator: Accelerator) -> Any:

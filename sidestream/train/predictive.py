@@ -84,6 +84,10 @@ class Predictive:
             if not isinstance(model, DepthNet):
                 raise InputError(f"{type(model).__name__} cannot be fed its last answer; take par_densenet")
             model.add_feedback()
+        elif isinstance(model, DepthNet) and model.has_feedback:
+            raise InputError(
+                "the weights to start from are of a net with feedback; add feedback_wire (--feedback-wire)"
+            )
         self._live = LiveNet(model, frame_BCHW, config.wiring)
         self._task.align(self._live.circuit)
         self._drains = config.target == "answered"

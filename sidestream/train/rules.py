@@ -76,7 +76,8 @@ class Backprop:
     def __init__(self, context: StepContext) -> None:
         self._context, self._task = context, context.task
         give_feedback(context.model, context.config)
-        self._around_forward = direct_feedback(context.model, context.config)
+        frame_BCHW = None if context.example_BTCHW is None else context.example_BTCHW[:, 0]
+        self._around_forward = direct_feedback(context.model, context.config, frame_BCHW)
         if isinstance(context.model, SkipNet):
             self._task.align(context.model.circuit())
 

@@ -28,8 +28,9 @@ class TruncatedBackprop:
 
     With N of the clip's length or more there is one update, with the gradient of ``Backprop`` under the task "frame".
     Frames that bring no answer (strided layers, or before the first answer of a net that looks ahead) carry the state
-    on; N of them make no update. What a net that looks ahead still owes belongs to the last frames. The state is fresh
-    for each clip. Layers work frame by frame: a batch norm in train mode normalises by one frame of each clip.
+    on; N of them make no update, nor do N whose answers have no target (of a frame behind the end of the clip). What a
+    net that looks ahead still owes belongs to the last frames. The state is fresh for each clip. Layers work frame by
+    frame: a batch norm in train mode normalises by one frame of each clip.
 
     Raises ``InputError`` for models without a streaming form, for the task "clip" (its one loss, at the end, would
     teach nothing before the last N frames), and for options that do not go with it.
@@ -49,25 +50,28 @@ class TruncatedBackprop:
         task, stream, T = self._context.task, self._stream, clip_BTCHW.shape[1]
         state, loss_sum = stream.init_state(clip_BTCHW[:, 0]), 0.0
         made: list[Tensor] = []
+        num_judged = 0
         for start in range(0, T, self._num_frames):
             end = min(start + self._num_frames, T)
             answers, state = self._walk(clip_BTCHW[:, start:end], _detached(state), and_finish=end == T)
-            if not answers:
+            first = len(made)
+            made += [answer.detach() for answer in answers]
+            count = task.num_targets(len(answers), T, first)
+            if not count:
                 continue
-            answers_BTX = torch.stack(answers, dim=1)
-            loss = task.clip_loss(answers_BTX, clip_BTCHW, labels_B, first=len(made))
+            loss = task.clip_loss(torch.stack(answers, dim=1), clip_BTCHW, labels_B, first=first)
             check_finite(loss)
             self._context.backward(loss)
             update((0,))
-            made += [answer.detach() for answer in answers]
-            loss_sum += float(loss.detach()) * len(answers)
+            num_judged += count
+            loss_sum += float(loss.detach()) * count
         if not made:
             raise InputError(
                 f"a clip of {T} frames is too short: the stream of {type(self._context.model).__name__} answers none "
                 "of them; give longer clips (num_frames)"
             )
         more = task.train_metrics(torch.stack(made).mean(0), labels_B) if task.measures_training else {}
-        return {"loss": torch.tensor(loss_sum / len(made)), **more}
+        return {"loss": torch.tensor(loss_sum / max(1, num_judged)), **more}
 
     def _walk(self, chunk_BTCHW: Tensor, state: Any, *, and_finish: bool) -> tuple[list[Tensor], Any]:
         answers: list[Tensor] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,12 +18,14 @@ from sidestream.circuit.wire import Circuit
 from sidestream.circuit.wiring import parallel, pipelined, sequential, with_periods
 from sidestream.engine.run import run
 from sidestream.engine.unroll import reason_for_ticks, unroll
-from sidestream.errors import LayoutError, ModelError
+from sidestream.errors import LayoutError, ModelError, WeightsError
 from sidestream.models import create_model
 from sidestream.models.depth_net import DepthNet, answer_as_maps
 from sidestream.models.i3d import I3D
 from sidestream.models.parallel_densenet import ParDenseNet, densenet_keys
 from sidestream.models.parallel_inception import ParInception
+from sidestream.models.pretrained import from_pretrained, save_pretrained
+from sidestream.models.weights import load_weights, save_weights
 from sidestream.nn.steppable import step_through
 
 KINDS = ["densenet", "inception"]
@@ -251,6 +254,36 @@ def test_feedback_into_a_dense_stage_is_a_wider_first_convolution() -> None:
     maps = answer.softmax(1)[:, :, None, None].expand(-1, -1, 8, 8)
     inner = F.conv2d(torch.cat([F.relu(layer.norm1(x)), maps], 1), wide)
     torch.testing.assert_close(stage(x, answer), layer.conv2(F.relu(layer.norm2(inner))))
+
+
+@pytest.mark.parametrize(
+    ("name", "points"), [("par_densenet_tiny", 0), ("par_densenet_tiny", 2), ("par_inception_quarter", 0)]
+)
+@torch.no_grad()
+def test_weights_with_feedback_load_by_name(name: str, points: int, tmp_path: Path) -> None:
+    """They make the net one with feedback; files that do not fit leave it as it was; a saved model comes back too."""
+    made: dict[str, Any] = {"num_classes": points or 3, "head": "keypoints" if points else "classes"}
+    net: Any = create_model(name, **made)
+    plain_file = save_weights(net, tmp_path / "plain.safetensors")
+    net.add_feedback()
+    nn.init.normal_(net.fed_module.feedback.weight)
+    file = save_weights(net, tmp_path / "fed.safetensors")
+    clip = torch.randn(1, 3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = net.answers(clip)
+    found: Any = create_model(name, weights=file, **made)
+    assert found.has_feedback
+    assert found.answers(clip).equal(expected)
+    assert not create_model(name, weights=plain_file, **made).answers(clip).equal(expected)  # type: ignore[operator]
+    other: Any = create_model(name, **{**made, "num_classes": 5})
+    before = other.answers(clip)
+    with pytest.raises(WeightsError, match="of another shape"):
+        load_weights(other, file)
+    assert not other.has_feedback
+    assert other.answers(clip).equal(before)
+    with pytest.raises(WeightsError, match=r"1 missing: .*feedback\.weight"):
+        load_weights(found, plain_file)
+    saved: Any = from_pretrained(save_pretrained(net, tmp_path / "saved"))
+    assert saved.answers(clip).equal(expected)
 
 
 @torch.no_grad()

@@ -495,6 +495,6 @@ def test_records_of_a_step_are_those_of_the_function_on_its_first_clips() -> Non
 
 
 def test_backprop_has_nothing_to_diagnose(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="whose gradients are the true ones"):
+    with pytest.raises(InputError, match="only 'exact' and 'sideways' are looked at"):
         tiny_fit(tmp_path / "run", diagnose=1)
     assert not math.isnan(CONFIG.lr)

@@ -16,10 +16,13 @@ from train.layered import gradients_of, layered, random_clip, step_of, still_cli
 from sidestream.cli import main
 from sidestream.data import ClipDataset, synthetic_dataset
 from sidestream.errors import InputError
+from sidestream.models.autoencoder import conv_autoencoder
 from sidestream.models.vgg8 import simple_cnn
 from sidestream.nn.feedback_alignment import with_random_feedback
-from sidestream.nn.feedback_weights import Draw
-from sidestream.train import TrainConfig, fit
+from sidestream.nn.feedback_weights import Draw, ErrorFeedback
+from sidestream.train import RULES as BY_NAME
+from sidestream.train import StepContext, TrainConfig, fit
+from sidestream.train.answering import Answering
 from sidestream.train.skip_net import with_skips
 from sidestream.types import InputSpec
 
@@ -64,12 +67,11 @@ def test_direct_feedback_is_nøklands_formula_for_both_rules(rule: str) -> None:
     assert not torch.allclose(own["net.0.0.weight"], expected["net.0.0.weight"])
 
 
-@pytest.mark.parametrize("rule", ["exact", "sideways"])
-@pytest.mark.parametrize("keep", ["graph", "inputs"])
-def test_direct_feedback_on_still_clips_is_the_same_for_all_rules(rule: str, keep: str) -> None:
+@pytest.mark.parametrize("options", [{"rule": "sideways"}, {"rule": "exact"}, {"rule": "exact", "keep": "inputs"}])
+def test_direct_feedback_on_still_clips_is_the_same_for_all_rules(options: dict[str, Any]) -> None:
     model, given = layered(), still_clip()
     expected, theirs = gradients_of(model, *given, "backprop", feedback="direct", seed=SEED)
-    found, ours = gradients_of(model, *given, rule, feedback="direct", seed=SEED, keep=keep)
+    found, ours = gradients_of(model, *given, feedback="direct", seed=SEED, **options)
     assert_same(found, expected)
     assert float(ours["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-6)
 
@@ -137,6 +139,26 @@ class TestRefusals:
         with pytest.raises(InputError, match=says):
             step_of(layered(), random_clip()[0], rule, feedback="direct", **options)
 
+    @pytest.mark.parametrize("rule", RULES)
+    def test_answers_whose_matrices_would_be_too_large(self, rule: str) -> None:
+        """Pictures of 3 x 128 x 128 to 4 x 64 x 64 numbers: 805 million; 3 GiB. Of 64 x 64 px: 50 million."""
+        clip_BTCHW = torch.zeros(1, 4, 3, 128, 128)
+        for size_px in (64, 128):
+            model, clip = conv_autoencoder((4,)), clip_BTCHW[..., :size_px, :size_px]
+            config = TrainConfig(rule=rule, task="autoencode", feedback="direct")
+            context = StepContext(model, Answering(model, "autoencode"), config, torch.Tensor.backward, clip)
+            if size_px == 64:
+                BY_NAME[rule](context)
+                continue
+            says = "an answer of 49152 numbers to stage 1, 16384 numbers, .* 0.8 billion .3 GiB.*use feedback='random'"
+            with pytest.raises(InputError, match=says):
+                BY_NAME[rule](context)
+
+    def test_a_matrix_that_is_too_large_is_not_drawn(self) -> None:
+        output, error = torch.zeros(()).expand(1, 2**20), torch.zeros(()).expand(1, 2**10)
+        with pytest.raises(InputError, match=r"a dense matrix of 1.1 billion \(4 GiB"):
+            ErrorFeedback(Draw(0)).cotangent("stage 1", output, error)
+
     def test_clips_that_are_too_short(self) -> None:
         """Four stages have a gradient each from tick 4 on; under Sideways' own feedback from tick 6 on."""
         step_of(layered(), random_clip(num_frames=5)[0], "sideways", feedback="direct")
@@ -145,9 +167,6 @@ class TestRefusals:
 
 
 def step_of_plain(model: nn.Module) -> None:
-    from sidestream.train import RULES as BY_NAME
-    from sidestream.train import StepContext
-
     config = TrainConfig(feedback="direct")
     BY_NAME["backprop"](StepContext(model, model, config, lambda loss: loss.backward()))
 

@@ -215,6 +215,7 @@ def test_wrong_inputs(tmp_path: Path, net, changes: dict, message: str) -> None:
     [
         ({"epochs": 0}, "epochs is 0"),
         ({"lr": math.nan}, "lr is nan"),
+        ({"warmup_epochs": 4.0, "epochs": 3}, "warmup_epochs is 4, but there are 3 epochs"),
         ({"precision": "fp8"}, "precision is 'fp8'; expected one of no, bf16, fp16"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
         ({"clip_norm": 0.0}, "clip_norm"),
@@ -224,6 +225,12 @@ def test_wrong_inputs(tmp_path: Path, net, changes: dict, message: str) -> None:
 def test_wrong_options(changes: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         TrainConfig(**changes)
+
+
+def test_half_precision_without_a_scaler_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="precision='fp16' on 'cpu', where gradients are not scaled"):
+        tiny_fit(tmp_path / "run", precision="fp16")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_holds_one_run_and_a_resumed_run_keeps_its_options(tmp_path: Path) -> None:

@@ -166,6 +166,20 @@ def test_begins_with_the_sequential_weights_and_their_answers(tmp_path: Path) ->
         torch.testing.assert_close(net.state_dict()[name], value, rtol=0, atol=0)
 
 
+def test_weights_with_feedback_are_asked_for_by_name(tmp_path: Path) -> None:
+    clip, _ = random_clip(2, 6, 16)
+    fed = densenet(1)
+    fed.add_feedback()
+    nn.init.normal_(fed.double().fed_module.feedback.weight)  # type: ignore[union-attr,arg-type]
+    file = str(save_weights(fed, tmp_path / "fed.safetensors"))
+    with pytest.raises(InputError, match="of a net with feedback; add feedback_wire"):
+        step_of(densenet(), clip, teacher=file)
+    net = densenet()
+    step = step_of(net, clip, wiring="sequential", teacher=file, feedback_wire=True)
+    with torch.no_grad():
+        torch.testing.assert_close(unroll(step.circuit, clip).answers, fed.answers(clip))
+
+
 def test_feedback_weights_learn(tmp_path: Path) -> None:
     clip, labels = random_clip(2, 6, 16)
     found, _ = stepped(densenet(), clip, labels, wiring="parallel", feedback_wire=True)

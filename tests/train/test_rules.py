@@ -306,6 +306,52 @@ def test_config_refuses(changes: dict[str, Any]) -> None:
         TrainConfig(rule="sideways", **changes)
 
 
+PASSED_OVER = [
+    {"rule": "backprop", "update": "tick"},
+    {"rule": "backprop", "keep": "inputs"},
+    {"rule": "sideways", "keep": "inputs"},
+    {"rule": "backprop", "loss_delay": 1},
+    {"rule": "backprop", "executor": "threads"},
+    {"rule": "backprop", "state_ticks": 1},
+    {"rule": "backprop", "num_stages": 3},
+    {"rule": "backprop", "target": "newest"},
+    {"rule": "sideways", "bptt_frames": 2},
+    {"rule": "sideways", "wiring": "sequential"},
+    {"rule": "exact", "feedback_wire": True},
+    {"rule": "backprop", "teacher": "net.safetensors"},
+    {"rule": "backprop", "distill_frame": "newest"},
+    {"rule": "unrolled", "update": 4},
+    {"task": "autoencode", "horizon": 2},
+]
+
+
+@pytest.mark.parametrize("options", PASSED_OVER, ids=lambda o: " ".join(map(str, o.values())))
+def test_options_that_a_rule_or_task_would_pass_over_are_refused(options: dict[str, Any]) -> None:
+    (kind, mine), (name, value) = options.items()
+    with pytest.raises(InputError, match=rf"{name}={value!r} with the {kind} '{mine}'; only '.*' knows? it"):
+        TrainConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rule": "sideways", "num_stages": 3, "skips": "projection"}, "num_stages=3 with skips"),
+        ({"rule": "exact", "state_ticks": 2}, "state_ticks=2 with Layered, no stage of which has a state"),
+    ],
+)
+def test_options_that_a_net_would_pass_over_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        layered_fit(tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rule", ["backprop", "exact", "sideways"])
+def test_a_net_without_a_parameter_to_train_is_refused(rule: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no parameter to train"):
+        layered_fit(tmp_path / "run", rule, model=net().requires_grad_(False))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_without_a_rule_state_is_read(tmp_path: Path) -> None:
     layered_fit(tmp_path / "run", "backprop", epochs=1)
     model = net()

@@ -16,8 +16,10 @@ from train.streamed import Recurrent, recurrent
 from train.tiny import CONFIG, tiny_data, tiny_net
 
 from sidestream.errors import InputError
+from sidestream.models.autoencoder import conv_autoencoder
 from sidestream.nn.conv3d import CausalConv3d, Conv3d
-from sidestream.train import fit
+from sidestream.train import RULES, StepContext, TrainConfig, fit
+from sidestream.train.answering import Answering
 
 
 def by_hand(model: Recurrent, clip_BTCHW: Tensor, labels_B: Tensor, num_frames: int) -> list[float]:
@@ -69,6 +71,39 @@ def test_equals_a_loop_by_hand(num_frames: int, num_updates: int) -> None:
     for (name, ours), theirs, old in zip(model.named_parameters(), twin.parameters(), before.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
         assert not ours.equal(old)
+
+
+@pytest.mark.parametrize(("num_frames", "windows"), [(4, [4, 3]), (3, [3, 3, 1]), (1, [1] * 7)])
+def test_answers_without_a_target_make_no_update(num_frames: int, windows: list[int]) -> None:
+    """The last two of nine answers ask for frames behind the end; momentum and weight decay would show an update."""
+    torch.manual_seed(0)
+    model, (clip_BTCHW, labels_B) = conv_autoencoder((4,)).double(), random_clip()
+    twin = copy.deepcopy(model)
+    make = functools.partial(torch.optim.SGD, lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer, start, total = make(twin.parameters()), 0, 0.0
+    for count in windows:
+        shown, wanted = clip_BTCHW[:, start : start + count], clip_BTCHW[:, start + 2 : start + count + 2]
+        loss = F.mse_loss(twin(shown), wanted)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        start, total = start + count, total + float(loss.detach()) * count
+    config = TrainConfig(task="future", horizon=2, bptt_frames=num_frames)
+    net = Answering(model, "future")
+    step = RULES["backprop"](StepContext(model, net, config, lambda loss: loss.backward(), clip_BTCHW))
+    (optimizer,) = step.make_optimizers(make)
+    calls: list[Any] = []
+
+    def update(numbers: Any) -> None:
+        calls.append(numbers)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    metrics = step.step(clip_BTCHW, labels_B, update)
+    assert len(calls) == len(windows)
+    assert float(metrics["loss"]) == pytest.approx(total / 7, rel=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12, msg=name)
 
 
 LAYERS = [(), (CausalConv3d(4, 4, 3, stride=(2, 1, 1), padding=1),), (Conv3d(4, 4, 3, padding=1),)]

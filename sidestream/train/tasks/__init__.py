@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sidestream.errors import InputError
-from sidestream.train.config import ON_CIRCUITS, TrainConfig
+from sidestream.train.config import TrainConfig
 from sidestream.train.tasks.classes import ClassTask
 from sidestream.train.tasks.drawing import DrawingTask
 from sidestream.train.tasks.keypoints import KeypointTask
@@ -22,11 +22,6 @@ def make_task(config: TrainConfig, spec: InputSpec | None = None) -> Task:
         return ClassTask(config.label_smoothing)
     if config.label_smoothing:
         raise InputError(f"label_smoothing={config.label_smoothing} with the task {config.task!r}; it is for classes")
-    if config.target == "newest" and config.rule not in ON_CIRCUITS:
-        raise InputError(
-            f"target='newest' with the rule {config.rule!r} and the task {config.task!r}: only nets that are trained "
-            "by depth answer late; use target='answered', or the task 'future'"
-        )
     if config.task == "keypoints":
         return KeypointTask(target=config.target, spec=spec)
     horizon = config.horizon if config.task == "future" else None

@@ -81,6 +81,10 @@ class Task(ABC):
     def clip_loss(self, answers: Tensor, clip_BTCHW: Tensor, labels: Tensor, *, first: int = 0) -> Tensor:
         """Mean over the answers (B, T', ...) that have a target. ``first``: frame that the first of them is about."""
 
+    def num_targets(self, num_answers: int, num_frames: int, first: int = 0) -> int:
+        """How many of these answers have a target: those that ``clip_loss`` is the mean over."""
+        return num_answers
+
     def train_metrics(self, mean_answer: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Further metrics of a training batch, from the mean over each clip's answers."""
         return {}
@@ -154,6 +158,9 @@ class SequenceTask(Task):
         pairs = zip(answers.unbind(1), truths, strict=False)
         losses = [self.frame_loss(answer, truth) for answer, truth in pairs]
         return torch.stack(losses).mean() if losses else answers.sum() * 0.0
+
+    def num_targets(self, num_answers: int, num_frames: int, first: int = 0) -> int:
+        return max(0, min(num_answers, num_frames - self.lead - first))
 
     def _check_length(self, num_frames: int) -> None:
         if num_frames <= self.lead:
