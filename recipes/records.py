@@ -120,16 +120,15 @@ def draw_curves(
 
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4), squeeze=False, sharey=True)
     for axis, (title, variants) in zip(axes[0], panels.items(), strict=True):
-        for variant, records in variants.items():
-            rows = [[scale * e[name] for e in r["history"] if e.get(name) is not None] for r in records]
+        for number, (variant, records) in enumerate(variants.items()):
+            rows = [[e for e in r["history"] if e.get(name) is not None] for r in records]
             if not rows:
                 continue
-            columns = list(zip(*rows, strict=False))
-            epochs = range(1, len(columns) + 1)
-            (line,) = axis.plot(epochs, [statistics.mean(c) for c in columns], label=f"{variant} ({len(rows)})")
-            axis.fill_between(
-                epochs, [min(c) for c in columns], [max(c) for c in columns], color=line.get_color(), alpha=0.15
-            )
+            columns = [[scale * e[name] for e in column] for column in zip(*rows, strict=False)]
+            epochs = [e["epoch"] + 1 for e in rows[0]][: len(columns)]
+            means, color = [statistics.mean(c) for c in columns], f"C{number}"
+            axis.plot(epochs, means, label=f"{variant} ({len(rows)})", color=color)
+            axis.fill_between(epochs, [min(c) for c in columns], [max(c) for c in columns], color=color, alpha=0.15)
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
