@@ -35,6 +35,7 @@ MODELS = {"vgg8": "projection", "simple_cnn": "add"}
 """Model -> how its skips are joined: VGG-8's shapes change from layer to layer."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "backprop": {"rule": "backprop"},
+    "exact (1F1B)": {"rule": "exact"},
     "sideways": {"rule": "sideways"},
     "skips, backprop": {"rule": "backprop", "skips": True},
     "skip-sideways": {"rule": "sideways", "skips": True},

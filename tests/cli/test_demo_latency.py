@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sidestream.cli.demo_latency as module
+import sidestream.cli.demo_latency_film as film_module
 from sidestream.circuit.cut import cut
 from sidestream.circuit.wiring import pipelined
 from sidestream.cli import main
@@ -248,7 +249,7 @@ def test_the_picture_shows_the_truth_of_the_frame_that_the_schedule_says(
     """At frame 11, one by one: the answer to frame 7, ready at 9.6; pipelined: to frame 8, ready at 10.4."""
     slow_profile(monkeypatch)
     caught: list[Scene] = []
-    monkeypatch.setattr(module, "film", lambda scene, path, slow_motion: caught.append(scene) or [])
+    monkeypatch.setattr(film_module, "film", lambda scene, path, slow_motion: caught.append(scene) or [])
     demo_latency(flags(tmp_path), lambda text: None)
     scene, subject = caught[0], synthetic_subject(20, 25.0, (72, 128))
     painter = Painter(scene)
