@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sidestream.circuit.ages import latency_ticks, look_ahead_ticks
 from sidestream.circuit.wire import Circuit
 from sidestream.errors import InputError
 from sidestream.report.record import write_text
@@ -77,20 +78,25 @@ def record_profile(circuit: Circuit, frames: Iterable[Any], *, prepare: Any = No
     """Run ``circuit`` on one thread and record how long each stage takes on each frame, after 3 that do not count.
 
     The stages are measured one after the other on one thread; where they share cores in a real run they are slower.
+    Ticks behind the last frame, in which a pipeline empties and some stages rest, do not count either.
 
-    Raises ``InputError`` for fewer than 4 frames.
+    Raises ``InputError`` for too few frames: 4, and one more for each tick of the circuit's delay.
     """
     from sidestream.engine import run
 
     running = run(circuit, frames, executor="inline", prepare=prepare)
     before: tuple[float, ...] | None = None
     rows: list[tuple[float, ...]] = []
-    for _ in running:
+    ticks: list[int] = []
+    for out in running:
         busy = running.stats.busy_seconds
         if before is not None:
             rows.append(tuple(now - then for now, then in zip(busy, before, strict=True)))
+            ticks.append(out.tick)
         before = busy
-    kept = rows[NUM_WARM_UP - 1 :]
+    num_frames = running.stats.num_frames
+    kept = [row for tick, row in zip(ticks, rows, strict=True) if tick < num_frames][NUM_WARM_UP - 1 :]
     if not kept:
-        raise InputError(f"{len(rows) + 1} answers are too few for a profile; give {NUM_WARM_UP + 1} frames or more")
+        least = NUM_WARM_UP + 1 + latency_ticks(circuit) + look_ahead_ticks(circuit)
+        raise InputError(f"{num_frames} frames are too few for a profile of this circuit; give {least} or more")
     return RuntimeProfile(tuple(kept))
