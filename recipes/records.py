@@ -49,12 +49,15 @@ def main(
     parser.add_argument("--report", action="store_true", help="no runs")
     given = vars(parser.parse_args())
     torch.set_num_threads(given["threads"])
-    folder.mkdir(exist_ok=True)
     if not given["report"]:
+        folder.mkdir(exist_ok=True)
         chosen = itertools.product(*(given[name] for name in axes))
         cells = [dict(zip(axes, values, strict=True)) for values in chosen]
         command = " ".join(["python", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         run_all(cells, run, folder / "results.jsonl", command=command, runs=given["runs"])
+    if not known(folder / "results.jsonl"):
+        print("no records yet")
+        return
     table = report()
     write_text(folder / "table.md", table + "\n")
     print(table)

@@ -1,4 +1,4 @@
-"""Actions from scratch: backprop, Sideways, Skip-Sideways and uni-directional TSM on one net.
+"""Actions from scratch: backprop, 1F1B, Sideways, Skip-Sideways and uni-directional TSM on one net.
 
     SIDESTREAM_DATA=... python recipes/sideways_actions.py                      # all runs; what is done is not repeated
     SIDESTREAM_DATA=... python recipes/sideways_actions.py --models simple_cnn --seeds 0 --variants sideways

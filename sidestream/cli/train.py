@@ -85,8 +85,8 @@ def train(
         rule: who computes the gradients: backprop, or in stages side by side, frame by frame: exact (the same
             gradients) or sideways (without waiting; right where frames change slowly); or unrolled, through the net as
             the circuit that it will run as (par_densenet, par_inception, vgg8 ...).
-        skips: none, or how each layer joins the output of the layer before the last (vgg8, simple_cnn; not add:
-            conv_autoencoder, keypoint_cnn): add, concat, projection.
+        skips: none, or how each layer joins the output of the layer before the last: add (simple_cnn), concat,
+            projection (also vgg8, conv_autoencoder, keypoint_cnn).
         update: exact, sideways: once per clip (a batch of clips), every tick, or every N ticks.
         target: exact, sideways: of the frame that is answered, or of the newest.
         loss_delay: sideways: 1 takes the loss one tick later.
@@ -181,6 +181,8 @@ def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
     return 0
 
 
+TASKS_OF = {"pictures": ("autoencode", "future"), "keypoints": ("keypoints",)}
+"""What a model answers by itself -> the tasks that it can be trained for."""
 SHOWN = {"accuracy": "accuracy", "psnr": "PSNR", "pck_0.1": "PCK@0.1", "pck_0.2": "PCK@0.2", "error_px": "error"}
 """Scores of the last line, and what they are called there."""
 BASELINES = ("repeat_psnr", "mean_frame_psnr", "mean_pose_pck_0.2")
@@ -205,7 +207,11 @@ def _number(name: str, value: float) -> str:
 
 def _model(name: str, task: str, data: Any, weights: str | None) -> Any:
     """A model by name, with a head for the task."""
-    from sidestream.models import create_model
+    from sidestream.models import create_model, model_info
+
+    if task in ("clip", "frame") and model_info(name).task in TASKS_OF:
+        answers, tasks = model_info(name).task, TASKS_OF[model_info(name).task]
+        raise InputError(f"{name} answers {answers}, not classes; give --task {' or '.join(tasks)}")
 
     if task == "keypoints":
         return create_model(name, num_classes=len(data.points.names), weights=weights, head="keypoints")

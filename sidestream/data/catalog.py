@@ -114,12 +114,15 @@ def _from_path(path: Path, split: str | None, num_classes: int | None) -> tuple[
 
 def _folder_of(name: str, root: str | os.PathLike[str] | None) -> Path:
     given = root if root is not None else os.environ.get(ENVIRONMENT)
-    if given is None:
+    if not given:
         raise InputError(
             f"where is {name!r}? Give the folder that holds it as root, or set {ENVIRONMENT}; "
             f"it comes from {CATALOG[name].where}"
         )
     folder = Path(given) / name
     if not folder.is_dir():
-        raise InputError(f"there is no folder {folder}; {name} comes from {CATALOG[name].where}")
+        raise InputError(
+            f"there is no folder {str(folder)!r}; give the one that holds {name!r} as root, or set {ENVIRONMENT}; "
+            f"it comes from {CATALOG[name].where}"
+        )
     return folder
