@@ -84,6 +84,10 @@ def test_a_finished_run_is_not_overwritten_and_keeps_its_options(run: Path, caps
         ([*MADE_UP, "--out", "OUT", "--skips", "add"], "need a model that says what its layers are"),
         ([*MADE_UP, "--out", "OUT", "--lr", "0"], "lr is 0.0; give a number above 0"),
         ([*MADE_UP, "--out", "OUT", "--model", "i3d"], "I3D was given 2 frames; it needs 9 or more"),
+        (
+            [*MADE_UP, "--out", "OUT", "--model", "conv_autoencoder_small"],
+            "answers pictures, not classes; give --task autoencode or future",
+        ),
         (["--resume", "OUT"], "OUT"),
     ],
 )

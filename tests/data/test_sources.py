@@ -98,7 +98,7 @@ def test_unknown_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIDESTREAM_DATA", raising=False)
     with pytest.raises(InputError, match=r"where is 'jhmdb'\? Give the folder .* as root, or set SIDESTREAM_DATA"):
         open_dataset("jhmdb")
-    with pytest.raises(InputError, match=r"there is no folder .*jhmdb; jhmdb comes from http"):
+    with pytest.raises(InputError, match=r"there is no folder .*jhmdb'; give the one that holds 'jhmdb' as root.*http"):
         open_dataset("jhmdb", root=tmp_path)
     with pytest.raises(InputError, match="only jhmdb, weizmann have splits by name"):
         open_dataset(tmp_path, split=1)
