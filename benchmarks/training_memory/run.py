@@ -26,6 +26,7 @@ RULES = {
     "backprop": {"rule": "backprop", "task": "frame"},
     "exact": {"rule": "exact"},
     "sideways": {"rule": "sideways"},
+    "sideways, 4 stages": {"rule": "sideways", "num_stages": 4},
     "skip-sideways": {"rule": "sideways", "skips": "projection"},
 }
 TIMEOUT_SECONDS = 900
