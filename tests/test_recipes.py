@@ -83,8 +83,8 @@ def test_one_short_run(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(module, "TrainConfig", lambda **options: make(**{**options, "epochs": 1}))
     cell = {
         "sideways_actions": {"setting": "small", "model": "simple_cnn", "variant": "skip-sideways", "seed": 0},
-        "sideways_frame_rate": {"variant": "sideways", "frame_step": 2, "seed": 0},
-        "sideways_pictures": {"task": "future", "variant": "skip-sideways", "seed": 0},
+        "sideways_frame_rate": {"setting": "small", "variant": "sideways", "frame_step": 2, "seed": 0},
+        "sideways_pictures": {"setting": "small", "task": "future", "variant": "skip-sideways", "seed": 0},
     }[name]
     result = getattr(module, name)(cell, tmp_path / "run")
     assert result.num_epochs == 1
