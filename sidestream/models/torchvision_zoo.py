@@ -33,7 +33,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 # name prefix: what the library's clip models do not take
 _CLIP_LIMITS: dict[str, dict[str, Any]] = {
     "mvit": {"sizes": SizeRule(only_px=(224, 224)), "only_frames": 16},
-    "s3d": {"sizes": SizeRule(least_px=193), "min_frames": 9},  # a last pooling of 2 x 7 x 7 at strides 8, 32
+    "s3d": {"sizes": SizeRule(least_px=209), "min_frames": 13},  # a last pooling of 2 x 7 x 7 behind rounded strides
 }
 # name prefix: what becomes of the keys of the library's published files
 _KEY_MAPS: dict[str, KeyMap] = {

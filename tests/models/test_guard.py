@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 from sidestream.errors import LayoutError
@@ -56,3 +57,15 @@ def test_a_vision_transformer_says_which_size_it_takes() -> None:
         with pytest.raises(LayoutError, match="was given 96 x 128 pixels; it takes 224 x 224 only"):
             model(torch.rand(1, 3, 96, 128))
         assert create_model("torchvision/vit_h_14")(torch.rand(1, 3, 518, 518)).shape == (1, 1000)
+
+
+def test_the_least_clip_of_torchvisions_s3d_is_the_least_that_its_last_pooling_takes() -> None:
+    """Its own forward takes 13 frames of 209 px, and no frame and no pixel less; ours says so."""
+    with torch.device("meta"):  # shapes only
+        bare, ours = torchvision.models.video.s3d(), create_model("torchvision/s3d", weights=None)
+        assert bare(torch.zeros(1, 3, 13, 209, 209)).shape == ours(torch.zeros(1, 13, 3, 209, 209)).shape == (1, 400)
+        for num_frames, size in ((12, 209), (13, 208)):
+            with pytest.raises(RuntimeError, match="smaller than kernel size"):
+                bare(torch.zeros(1, 3, num_frames, size, size))
+            with pytest.raises(LayoutError, match=r"it needs 13 or more|it needs 209 x 209 or more"):
+                ours(torch.zeros(1, num_frames, 3, size, size))
