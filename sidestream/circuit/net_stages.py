@@ -43,7 +43,9 @@ def stages_of_net(net: DepthNet, frame_BCHW: Tensor) -> Stages:
     """The blocks of ``net`` as stages. ``frame_BCHW``: of the size that it will be fed.
 
     A block that reads the last answer is linked to the frame in its place; ``net_circuit`` lays the wire back.
+    Raises ``LayoutError`` for frames of a size that the net does not take.
     """
+    net.check_frame(frame_BCHW)
     blocks, links = net.depth_blocks(), []
     values: list[Tensor] = [frame_BCHW]
     stages = []

@@ -6,6 +6,8 @@ import json as json_module
 from pathlib import Path
 from typing import Any, Literal
 
+from sidestream.cli.evaluate_film import check_video, evaluation_film
+from sidestream.cli.evaluate_table import dataset_joints, joint_fields, show
 from sidestream.errors import InputError
 
 FRAMES_OF_FRAME_MODELS = 8
@@ -21,6 +23,7 @@ def evaluate(
     log: Path | None = None,
     truth: Path | None = None,
     out: Path | None = None,
+    video: int = 0,
     json: Path | None = None,
     frame_rate: float = 25.0,
     eta: float = 0.0,
@@ -57,7 +60,8 @@ def evaluate(
         streaming: judge the model live.
         log: answers of an earlier run, to be scored against --truth.
         truth: their ground truth.
-        out: folder for answers.jsonl, offline.jsonl and truth.jsonl of a streaming run.
+        out: folder for offline.jsonl, truth.jsonl and, judged live, answers.jsonl (not of classes judged offline).
+        video: draw the true joints and the current answers of so many clips into OUT/overlay.mp4 (keypoints).
         json: file for the result.
         frame_rate: of the camera: frames are shown at this rate, whatever their recorded times.
         eta: ask for each frame's truth so many frame times before it comes; -1 asks when the next one does.
@@ -84,13 +88,14 @@ def evaluate(
     given = dict(locals())
     if (log is None) != (truth is None):
         raise InputError("--log and --truth belong together; give both, or neither")
+    check_video(given)
     if log is not None and truth is not None:
         if data is not None or model is not None:
             raise InputError("--log scores an earlier run; leave out --data and --model")
         result = _score_log(log, truth, eta=eta, forecast=forecast)
     else:
         result = _evaluate_model(given)
-    _show(result)
+    show(result)
     if json is not None:
         from sidestream.report.record import write_text
 
@@ -99,59 +104,67 @@ def evaluate(
 
 
 def _score_log(log: Path, truth: Path, *, eta: float, forecast: bool) -> dict[str, Any]:
-    from sidestream.evals.streaming import read_answers, read_truth
+    from sidestream.evals.streaming import pair_same_frames, read_answers, read_truth
 
     answers, about = read_answers(log)
-    truths, _ = read_truth(truth)
-    folders = (truth.parent, log.parent)
-    return {"log": str(log), "about": about, **_scores(truths, answers, None, (eta, forecast), folders)}
+    truths, about_truth = read_truth(truth)
+    same = [p for p in pair_same_frames(truths, answers) if p.answer is not None]
+    pairs = {"offline (answered frames)": same} if same else {}
+    pairs |= _live_pairs(truths, answers, eta=eta, forecast=forecast)
+    joints = about.get("joints") or about_truth.get("joints")
+    return {"log": str(log), "about": about, **_scores(pairs, eta, joints, (truth.parent, log.parent))}
+
+
+def _live_pairs(truths: Any, answers: Any, *, eta: float, forecast: bool) -> dict[str, Any]:
+    """Each frame with the answer that was current then; and where asked for, with that answer's forecast."""
+    from sidestream.evals.streaming import pair, with_forecast
+
+    pairs = pair(truths, answers, eta_frames=eta)
+    return {"streaming": pairs} | ({"streaming, forecast": with_forecast(pairs, answers)} if forecast else {})
 
 
 def _scores(
-    truths: Any, answers: Any, offline: Any, options: tuple[float, bool], folders: tuple[Path, Path] = (Path(), Path())
+    pairs: dict[str, Any], eta: float, joints: Any, folders: tuple[Path, Path] = (Path(), Path())
 ) -> dict[str, Any]:
-    """Offline and streaming, and with a forecast where asked for. Without ``offline``: of the frames answered live."""
-    from sidestream.evals.streaming import main_figure, pair, pair_same_frames, score, with_forecast
+    """Of each kind of pairs; and where some are live, what share of the first kind's figure they keep."""
+    from sidestream.evals.streaming import main_figure, score
 
-    eta, forecast = options
-    if offline is None:
-        same = [p for p in pair_same_frames(truths, answers) if p.answer is not None]
-        found = {"offline (answered frames)": score(same, folders=folders)} if same else {}
-    else:
-        found = {"offline": score(pair(truths, offline), folders=folders)}
-    pairs = pair(truths, answers, eta_frames=eta)
-    found["streaming"] = score(pairs, folders=folders)
-    if forecast:
-        found["streaming, forecast"] = score(with_forecast(pairs, answers), folders=folders)
-    name = main_figure(found["streaming"])[0]
-    ceiling = next(iter(found.values()))[name]
-    kept = found["streaming"][name] / ceiling if ceiling > 0 else None
-    return {"metric": name, "eta": eta, "share_kept": kept, "scores": found}
+    found = {title: score(each, folders=folders) for title, each in pairs.items()}
+    name, ceiling = main_figure(next(iter(found.values())))
+    live: dict[str, Any] = {}
+    if "streaming" in found:
+        live = {"eta": eta, "share_kept": found["streaming"][name] / ceiling if ceiling > 0 else None}
+    return {"metric": name, **live, "scores": found, **joint_fields(found, joints)}
 
 
 def _evaluate_model(given: dict[str, Any]) -> dict[str, Any]:
     from sidestream.cli.evaluate_model import evaluate_offline, evaluate_streaming
+    from sidestream.evals.streaming import pair
     from sidestream.report import machine
 
     missing = [f"--{name}" for name in ("data", "model") if given[name] is None]
     if missing:
         raise InputError(f"{', '.join(missing)} missing; give --data and --model, or --log and --truth")
-    plain = {n: str(v) if isinstance(v, Path) else v for n, v in given.items() if n not in ("json", "out")}
+    plain = {n: str(v) if isinstance(v, Path) else v for n, v in given.items() if n not in ("json", "out", "video")}
     head: dict[str, Any] = {"options": plain, "machine": machine()}
     if not given["streaming"] and given["head"] == "classes":
         return head | evaluate_offline(given)
     judged, about = evaluate_streaming(given)
     head |= about
-    if not given["streaming"]:
-        from sidestream.evals.streaming import main_figure, pair, score
-
-        found = {"offline": score(pair(judged.truths, judged.offline))}
-        return head | {"metric": main_figure(found["offline"])[0], "scores": found}
+    joints = dataset_joints(given) if given["head"] == "keypoints" else None
+    pairs = {"offline": pair(judged.truths, judged.offline)}
+    if given["streaming"]:
+        pairs |= _live_pairs(judged.truths, judged.streaming, eta=given["eta"], forecast=given["forecast"])
+    scores = _scores(pairs, given["eta"], joints)
     if given["out"] is not None:
-        _write(given["out"], judged, head)
-    head["latency_seconds"] = _latency(judged.streaming)
-    head["num_answers"] = len(judged.streaming)
-    return head | _scores(judged.truths, judged.streaming, judged.offline, (given["eta"], given["forecast"]))
+        named = {name: scores[name] for name in ("joints", "pck_normalised_by") if name in scores}
+        _write(given, judged, head | named)
+    if given["video"]:
+        title, drawn = list(pairs.items())[-1]
+        head["video"] = str(evaluation_film(drawn, given, title=title))
+    if given["streaming"]:
+        head |= {"latency_seconds": _latency(judged.streaming), "num_answers": len(judged.streaming)}
+    return head | scores
 
 
 def _latency(answers: Any) -> dict[str, float] | None:
@@ -164,30 +177,13 @@ def _latency(answers: Any) -> dict[str, float] | None:
     return {"p50": p50, "p95": p95}
 
 
-def _write(folder: Path, judged: Any, about: dict[str, Any]) -> None:
+def _write(given: dict[str, Any], judged: Any, about: dict[str, Any]) -> None:
     from sidestream.evals.streaming import write_answers, write_truth
 
+    folder: Path = given["out"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_truth(folder / "truth.jsonl", judged.truths, about={"data": about["options"]["data"]})
-    write_answers(folder / "answers.jsonl", judged.streaming, about=about)
+    of_truth = {name: about[name] for name in ("joints",) if name in about}
+    write_truth(folder / "truth.jsonl", judged.truths, about={"data": given["data"], **of_truth})
     write_answers(folder / "offline.jsonl", judged.offline, about=about)
-
-
-def _show(result: dict[str, Any]) -> None:
-    from sidestream.report.table import markdown_table
-
-    if "scores" not in result:
-        print(f"{result['metric']} {result['accuracy']:.4f} ({result['num_correct']} of {result['num_records']} clips)")
-        return
-    name = result["metric"]
-    columns = ("num_frames", "in_time", "miss", "mismatch")
-    rows = [
-        (title, f"{scores[name]:.4f}", *(scores[column] for column in columns))
-        for title, scores in result["scores"].items()
-    ]
-    print(markdown_table(("", name, "frames", "in time", "miss", "mismatch"), rows), end="")
-    if (latency := result.get("latency_seconds")) is not None:
-        how = "simulated" if result["is_simulated"] else "on this machine"
-        print(f"{result['num_answers']} answers, median latency {1e3 * latency['p50']:.1f} ms, {how}")
-    if result.get("share_kept") is not None:
-        print(f"judged live, {100 * result['share_kept']:.1f} % of the offline figure is kept")
+    if given["streaming"]:
+        write_answers(folder / "answers.jsonl", judged.streaming, about=about)

@@ -88,15 +88,15 @@ def _circuit(given: dict[str, Any], net: Any, info: Any, spec: InputSpec) -> tup
     from sidestream.circuit.cut import cut
     from sidestream.circuit.net_stages import net_circuit
     from sidestream.circuit.wiring import wire
+    from sidestream.cli.plan import net_on_stream
     from sidestream.models.depth_net import DepthNet
-    from sidestream.models.on_stream import on_stream
 
     example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
     if given["stages"] is None and isinstance(net, DepthNet) and spec.frame_step == 1:
         fed = spec.replace(layout="BCHW", num_frames=1, min_frames=None)
         return net_circuit(net.eval(), example, given["wiring"]), fed
     if info.input_spec.layout == "BTCHW":
-        net, info = on_stream(net, _with_spec(info, spec))
+        net, info = net_on_stream(net, _with_spec(info, spec))
         spec = info.input_spec
     return wire(cut(net.eval(), example, num_stages=given["stages"] or 1), given["wiring"]), spec
 
@@ -134,9 +134,9 @@ def _with_spec(info: Any, spec: InputSpec) -> Any:
 
 
 def _device(given: dict[str, Any]) -> Any:
-    from sidestream.evals.streaming.judge import UNLIMITED, SimulatedDevice, constant_profile
     from sidestream.evals.streaming.runtimes import RuntimeProfile
     from sidestream.evals.streaming.schedule import POLICIES
+    from sidestream.evals.streaming.simulated import UNLIMITED, SimulatedDevice, constant_profile
 
     if given["runtime_ms"] and given["profile"] is not None:
         raise InputError("--runtime-ms and --profile were given; simulate one device, so leave one of them out")

@@ -119,8 +119,6 @@ def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpe
 def _load(flags: ModelFlags) -> tuple[Any, Any]:
     """The model as it runs on a stream, and its info; refuses models whose answers the command cannot show."""
     from sidestream.models import create_model, info_of
-    from sidestream.models.on_stream import on_stream
-    from sidestream.nn.combine import PerFrame
 
     model: Any = create_model(
         flags.model,
@@ -136,12 +134,23 @@ def _load(flags: ModelFlags) -> tuple[Any, Any]:
         raise ModelError(
             f"{flags.model} answers with {info.task}, not with {known}; use the Python API (sidestream.run)"
         )
-    if info.input_spec.layout == "BTCHW":
-        chain, info = on_stream(model, info)
-        model = chain
-        if len(chain.layers) == 1 and isinstance(frames := chain.layers[0], PerFrame):
-            model = frames.module  # a net on frames, which can be cut anywhere inside
-    return model, info
+    return net_on_stream(model, info)
+
+
+def net_on_stream(model: Any, info: Any) -> tuple[Any, Any]:
+    """The model as it is cut and fed one frame at a time, and its info.
+
+    A clip model that looks at each frame by itself is the net on frames inside, which can be cut anywhere.
+    """
+    from sidestream.models.on_stream import on_stream
+    from sidestream.nn.combine import PerFrame
+
+    if info.input_spec.layout != "BTCHW":
+        return model, info
+    chain, info = on_stream(model, info)
+    if len(chain.layers) == 1 and isinstance(frames := chain.layers[0], PerFrame):
+        return frames.module, info
+    return chain, info
 
 
 def parse_num_stages(text: str) -> int | str:

@@ -18,6 +18,7 @@ from sidestream.models.guard import ANY_SIZE, guard_frames
 from sidestream.models.heads import DenseModel, HeadKind
 from sidestream.models.info import ModelInfo, Task, attach_info, info_of
 from sidestream.models.labels import read_labels
+from sidestream.models.source_names import may_have, source_names
 from sidestream.models.weights import KeyMap, load_weights
 
 FilePath = str | os.PathLike[str]
@@ -216,10 +217,13 @@ def _resolve(name: str) -> tuple[Library, str]:
         raise ModelError(f"unknown library {prefix!r} in the model name {name!r}; there are {', '.join(LIBRARIES)}")
     inner = rest if slash else name
     for candidate in [prefix] if slash else LIBRARIES:
+        if not slash and candidate != "sidestream" and not may_have(candidate, inner):
+            continue  # importing a library only to see that it does not know the name takes seconds
         for library in _libraries(candidate):
             if inner in library.names():
                 return library, inner
-    raise ModelError(f"unknown model {name!r}; {_nearest(inner)}list all with 'sidestream models'")
+    near = _nearest(inner, prefix if slash else None)
+    raise ModelError(f"unknown model {name!r}; {near}list all with 'sidestream models'")
 
 
 def _is_saved(name: str) -> bool:
@@ -235,8 +239,12 @@ def _is_saved(name: str) -> bool:
     return False
 
 
-def _nearest(inner: str) -> str:
-    bare = {n: _full(prefix, n) for prefix in reversed(LIBRARIES) for n in _names(prefix)}
+def _nearest(inner: str, prefix: str | None) -> str:
+    if prefix is not None:
+        known = {prefix: _names(prefix)}
+    else:
+        known = {each: _names(each) if each == "sidestream" else source_names(each) for each in reversed(LIBRARIES)}
+    bare = {n: _full(each, n) for each, names in known.items() for n in names}
     near = difflib.get_close_matches(inner.lower(), bare, n=4, cutoff=0.5)
     return f"the nearest names are {', '.join(bare[n] for n in near)}; " if near else ""
 

@@ -158,10 +158,11 @@ class DepthNet(nn.Module, ABC):
         layers = [block.layer for block in blocks]
         if self.has_feedback:
             return as_stream_of(self, Chain(DepthStream(self)))
+        check = FrameCheck(self.stride_px, self.is_dense)
         if all(block.reads == (n,) and isinstance(block.layer, Steppable) for n, block in enumerate(blocks)):
             flat = [each for layer in layers for each in (layer.layers if isinstance(layer, Chain) else (layer,))]
-            return as_stream_of(self, Chain(*flat))  # type: ignore[arg-type]
-        return as_stream_of(self, Chain(PerFrame(OnFrame(blocks))))
+            return as_stream_of(self, Chain(PerFrame(check), *flat))  # type: ignore[arg-type]
+        return as_stream_of(self, Chain(PerFrame(OnFrame(blocks, check))))
 
     def _on_clip(self, blocks: Sequence[Block], clip_BTCHW: Tensor) -> Tensor:
         made = [clip_BTCHW]
@@ -171,24 +172,39 @@ class DepthNet(nn.Module, ABC):
 
     def _check(self, clip_BTCHW: Tensor) -> None:
         check_clip("the net", clip_BTCHW)
-        height, width = clip_BTCHW.shape[-2:]
-        if min(height, width) < self.stride_px or (
-            self.is_dense and (height % self.stride_px or width % self.stride_px)
-        ):
-            wanted = f"takes multiples of {self.stride_px}" if self.is_dense else f"needs {self.stride_px} px or more"
+        self.check_frame(clip_BTCHW[:, 0])
+
+    def check_frame(self, frame_BCHW: Tensor) -> None:
+        """Raises ``LayoutError`` for frames of a size that the net does not take."""
+        FrameCheck(self.stride_px, self.is_dense)(frame_BCHW)
+
+
+class FrameCheck(nn.Module):
+    """Frames as they are; ``LayoutError`` for those whose cells would not lie on the frame."""
+
+    def __init__(self, stride_px: int, is_dense: bool) -> None:
+        super().__init__()
+        self.stride_px, self.is_dense = stride_px, is_dense
+
+    def forward(self, frame_BCHW: Tensor) -> Tensor:
+        (height, width), stride = frame_BCHW.shape[-2:], self.stride_px
+        if min(height, width) < stride or (self.is_dense and (height % stride or width % stride)):
+            wanted = f"takes multiples of {stride}" if self.is_dense else f"needs {stride} px or more"
             raise LayoutError(f"the net was given frames of {height} x {width} px; it {wanted}: resize or crop them")
+        return frame_BCHW
 
 
 class OnFrame(nn.Module):
     """Blocks without memory on one frame."""
 
-    def __init__(self, blocks: Sequence[Block]) -> None:
+    def __init__(self, blocks: Sequence[Block], check: FrameCheck) -> None:
         super().__init__()
+        self.check = check
         self.layers = nn.ModuleList([block.layer for block in blocks])
         self.reads = [block.reads for block in blocks]
 
     def forward(self, frame_BCHW: Tensor) -> Tensor:
-        made = [frame_BCHW]
+        made = [self.check(frame_BCHW)]
         for layer, reads in zip(self.layers, self.reads, strict=True):
             made.append(layer(*(made[n] for n in reads)))
         return made[-1]
@@ -199,10 +215,11 @@ class DepthStream(Steppable):
 
     def __init__(self, net: DepthNet) -> None:
         super().__init__()
-        self._blocks, self._no_answer = net.depth_blocks(), net.no_answer
+        self._blocks, self._no_answer, self._check = net.depth_blocks(), net.no_answer, net.check_frame
         self.layers = nn.ModuleList([block.layer for block in self._blocks])
 
     def init_state(self, frame_BCHW: Tensor) -> Any:
+        self._check(frame_BCHW)
         return self._no_answer(frame_BCHW), (None,) * len(self._blocks)
 
     def step(self, frame_BCHW: Tensor, state: Any) -> tuple[Tensor, Any]:

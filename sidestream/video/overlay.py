@@ -39,6 +39,7 @@ def overlay(
     points_NP2_px: Tensor | np.ndarray | None = None,
     scores_NP: Tensor | np.ndarray | None = None,
     skeleton: Sequence[tuple[int, int]] = (),
+    line_px: Sequence[int] | None = None,
     masks_NHW: Tensor | np.ndarray | None = None,
     timing: Mapping[str, str | float] | None = None,
     banner: str | None = None,
@@ -52,12 +53,14 @@ def overlay(
         points_NP2_px: P points for each of N objects as x, y (or (P, 2) for one); NaN where there is none.
         scores_NP: how sure each point is, 0 or more (or (P,) for one); the less against the surest, the fainter.
         skeleton: pairs of points that are joined by a line, such as ``JHMDB_SKELETON``.
+        line_px: for each object the width of its lines and the radius of its points; default: fits the frame's size.
         masks_NHW: bool, one per object.
         timing: name -> value, written in the bar at the bottom; numbers with one decimal.
         banner: one line across the top, for what a viewer must not miss ("warming up").
 
     Raises:
-        LayoutError: boxes, points, scores or masks of the wrong shape, or a skeleton of points that do not exist.
+        LayoutError: boxes, points, scores, line widths or masks of the wrong shape, or a skeleton of points that do not
+            exist.
     """
     from PIL import Image, ImageDraw
 
@@ -71,7 +74,8 @@ def overlay(
     if points_NP2_px is not None:
         points = np.asarray(points_NP2_px)
         points = _array(points[None] if points.ndim == 2 else points, "points_NP2_px", ("N", "P", 2))
-        _draw_points(pen, points, _strengths(scores_NP, points.shape[:2]), skeleton)
+        widths = [pen.line_px + 1] * len(points) if line_px is None else line_px
+        _draw_points(pen, points, _strengths(scores_NP, points.shape[:2]), skeleton, widths)
     top = _draw_banner(pen, banner) if banner else 0
     bottom = _draw_timing(pen, timing) if timing else 0
     if labels:
@@ -181,22 +185,28 @@ def _draw_tag(pen: _Pen, left: float, top: float, text: str, colour: tuple[int, 
 
 
 def _draw_points(
-    pen: _Pen, points_NP2: np.ndarray, strengths_NP: np.ndarray, skeleton: Sequence[tuple[int, int]]
+    pen: _Pen,
+    points_NP2: np.ndarray,
+    strengths_NP: np.ndarray,
+    skeleton: Sequence[tuple[int, int]],
+    widths_px: Sequence[int],
 ) -> None:
     """The limbs of each object, as strong as the fainter of their ends, and its points over them."""
-    num_points, radius = points_NP2.shape[1], pen.line_px + 1
+    num_points = points_NP2.shape[1]
+    if len(widths_px) != len(points_NP2):
+        raise LayoutError(f"{len(widths_px)} line_px for {len(points_NP2)} objects; give one each")
     if unknown := [limb for limb in skeleton if not all(0 <= end < num_points for end in limb)]:
         raise LayoutError(f"the skeleton joins {unknown[0]}, but there are {num_points} points; expected 0 and up")
-    for number, (points, strengths) in enumerate(zip(points_NP2, strengths_NP, strict=True)):
+    for number, (points, strengths, width) in enumerate(zip(points_NP2, strengths_NP, widths_px, strict=True)):
         colour = COLOURS[number % len(COLOURS)]
         is_there = np.isfinite(points).all(1)
         for a, b in skeleton:
             if is_there[a] and is_there[b]:
                 ends = [(float(x), float(y)) for x, y in points[[a, b]]]
                 alpha = round(255 * float(min(strengths[a], strengths[b])))
-                pen.draw.line(ends, fill=(*colour, alpha), width=pen.line_px + 1)
+                pen.draw.line(ends, fill=(*colour, alpha), width=width)
         for (x, y), strength in zip(points[is_there], strengths[is_there], strict=True):
-            box = (float(x) - radius, float(y) - radius, float(x) + radius, float(y) + radius)
+            box = (float(x) - width, float(y) - width, float(x) + width, float(y) + width)
             alpha = round(255 * float(strength))
             pen.draw.ellipse(box, fill=(*colour, alpha), outline=(15, 15, 15, alpha))
 

@@ -98,6 +98,25 @@ def test_stages_in_parallel_are_a_pipeline(weights: str, tmp_path: Path) -> None
     assert alone["scores"]["streaming"]["mismatch"] > piped["scores"]["streaming"]["mismatch"]
 
 
+def test_a_net_on_frames_is_cut_inside_and_answers_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    net = create_model("keypoint_cnn", num_classes=5, head="keypoints")
+    weights = str(save_weights(net, tmp_path / "w.safetensors"))
+    words = ["--data", "synthetic", "--model", "keypoint_cnn", "--head", "keypoints", "--weights", weights]
+    words += ["--size", "64", "--num-frames", "2", "--streaming", "--max-clips", "1", "--runtime-ms", "1"]
+    logs = []
+    for stages in ("1", "4"):
+        found = evaluated([*words, "--stages", stages, "--out", str(tmp_path / stages)], tmp_path)
+        assert found["circuit"]["num_stages"] == int(stages)
+        logs.append(read_answers(tmp_path / stages / "offline.jsonl")[0])
+    assert len(logs[0]) == 10
+    for one, four in zip(*logs, strict=True):
+        assert one.frame_index == four.frame_index
+        assert torch.equal(one.value.points_P2_px, four.value.points_P2_px)  # type: ignore[union-attr]
+        assert torch.equal(one.value.scores_P, four.value.scores_P)  # type: ignore[union-attr]
+    assert any(a.value.scores_P.abs().max() > 0 for a in logs[0])  # type: ignore[union-attr]
+
+
 def test_live_on_this_machine(weights: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     found = evaluated([*LIVE, "--weights", weights, "--frame-rate", "50"], tmp_path)
     assert found["is_simulated"] is False

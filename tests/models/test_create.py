@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import timm
 import torch
@@ -20,6 +23,7 @@ from sidestream.models import (
     timm_zoo,
     torchvision_zoo,
 )
+from sidestream.models.source_names import may_have, source_names
 
 
 def same_net(seed, make):
@@ -181,6 +185,37 @@ def test_segmentation_needs_no_network():
 def test_an_unknown_name_brings_the_nearest(name, message):
     with pytest.raises(ModelError, match=message):
         create_model(name)
+
+
+def test_an_unknown_name_is_refused_without_importing_the_libraries():
+    code = """
+import sys
+from sidestream.errors import ModelError
+from sidestream.models import create_model
+for name in ("reznet50", "no_such", "no/such", "sidestream/i3e"):
+    try:
+        create_model(name)
+    except ModelError as error:
+        print(error)
+print({"timm", "torchvision", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250, check=True)
+    lines = done.stdout.splitlines()
+    assert "nearest names are torchvision/resnet50, timm/resnet50" in lines[0]
+    assert lines[1] == "unknown model 'no_such'; list all with 'sidestream models'"
+    assert "unknown library 'no'" in lines[2]
+    assert "nearest names are i3d" in lines[3]
+    assert lines[4] == "set()"
+
+
+@pytest.mark.parametrize("zoo", [torchvision_zoo, timm_zoo], ids=["torchvision", "timm"])
+def test_every_name_of_a_library_is_found_in_its_source(zoo):
+    package = zoo.__name__.rpartition(".")[2].removesuffix("_zoo")
+    assert all(may_have(package, name) for name in zoo.names())
+    assert not may_have(package, "reznet50")
+    assert len(zoo.names()) > 90
+    functions = set(source_names(package))
+    assert {n for n in zoo.names() if "." not in n} - functions == set()
 
 
 @pytest.mark.parametrize(

@@ -306,3 +306,28 @@ def test_refusals() -> None:
         ParDenseNet(3, growth=0)
     with pytest.raises(ModelError, match="factor above 0"):
         ParInception(3, width=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("kind", "feedback"), [("densenet", False), ("densenet", True), ("inception", False)])
+def test_maps_that_would_not_lie_on_the_frame_are_refused_in_every_form(kind: str, feedback: bool) -> None:
+    net = net_of(kind, points=2, feedback=feedback)
+    wrong = torch.rand(1, 3, net.stride_px, net.stride_px * 3 // 2, dtype=torch.float64)
+    message = f"was given frames of {net.stride_px} x {net.stride_px * 3 // 2} px; it takes multiples of"
+    with pytest.raises(LayoutError, match=message):
+        net.answers(wrong[:, None])
+    stream = net.streaming()
+    with pytest.raises(LayoutError, match=message):
+        stream.step(wrong, stream.init_state(wrong))
+    with pytest.raises(LayoutError, match=message):
+        stream(wrong[:, None])
+    with pytest.raises(LayoutError, match=message):
+        net_circuit(net, wrong, "parallel")
+    right = torch.rand(1, 3, net.stride_px, net.stride_px * 2, dtype=torch.float64)
+    answer, _ = stream.step(right, stream.init_state(right))
+    torch.testing.assert_close(answer, net.answers(right[:, None])[:, 0])
+    small = torch.rand(1, 3, net.stride_px // 2, net.stride_px, dtype=torch.float64)
+    classes = net_of(kind, feedback=feedback)
+    with pytest.raises(LayoutError, match="px or more"):
+        classes.streaming().init_state(small)
+        classes.streaming().step(small, (None,) * 9)

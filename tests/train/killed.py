@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from train.layered import Layered
+from torch import nn
+from train.layered import NUM_CLASSES, Layered
 from train.streamed import Recurrent
 
 from sidestream.data import ClipOptions, synthetic_dataset
+from sidestream.models.parallel_densenet import ParDenseNet
 from sidestream.train import TrainConfig, TrainResult, fit
 from sidestream.types import InputSpec
 
@@ -26,14 +28,20 @@ RUNS: dict[str, dict[str, Any]] = {
     "exact, through state": {"rule": "exact", "state_ticks": 3, "num_stages": 3},
     "sideways, through state, every tick": {"rule": "sideways", "state_ticks": 3, "num_stages": 3, "update": "tick"},
     "truncated": {"rule": "backprop", "task": "frame", "bptt_frames": 3},
+    "unrolled, with feedback": {"rule": "unrolled", "wiring": "parallel", "target": "newest", "feedback_wire": True},
 }
 
 
 def run_of(folder: Path, name: str, *, resume: bool = False) -> TrainResult:
     torch.manual_seed(0)
     options = RUNS[name]
-    has_state = {"state_ticks", "bptt_frames"} & options.keys()
-    net = Recurrent() if has_state else Layered(batch_norm="keep" not in options)
+    net: nn.Module
+    if {"state_ticks", "bptt_frames"} & options.keys():
+        net = Recurrent()
+    elif options["rule"] == "unrolled":
+        net = ParDenseNet(NUM_CLASSES, stages=(3, 1), growth=2, stem=4, bottleneck=2, num_layers=1)
+    else:
+        net = Layered(batch_norm="keep" not in options)
     parts = [synthetic_dataset(part=p, spec=SPEC, num_clips=12, options=ClipOptions()) for p in ("train", "test")]
     return fit(net, *parts, config=CONFIG.replace(**options), out=folder, resume=resume)
 

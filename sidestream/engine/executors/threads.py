@@ -34,7 +34,7 @@ def threads(
     ``max_in_flight``: frames inside at once; at most the circuit's latency in ticks + 1 (default: that, but no more
     than ``num_workers`` + 1, since more frames than workers only wait; on a live source no more than ``num_workers``).
     """
-    pool = _Pool(machine, feed, clock, _limit(machine, num_workers, max_in_flight, is_live=feed.wants_latency))
+    pool = _Pool(machine, feed, clock, limit_in_flight(machine, num_workers, max_in_flight, is_live=feed.wants_latency))
     pool.start(num_workers)
     try:
         yield from drained_on_interrupt(pool.next_answer, feed)
@@ -62,7 +62,7 @@ def drained_on_interrupt(next_answer: Callable[[], Output | None], feed: Feed) -
         raise interrupt
 
 
-def _limit(machine: Machine, num_workers: int, max_in_flight: int | None, *, is_live: bool) -> int:
+def limit_in_flight(machine: Machine, num_workers: int, max_in_flight: int | None, *, is_live: bool) -> int:
     if max_in_flight is None:
         max_in_flight = num_workers if is_live else num_workers + 1
     wanted = max_in_flight + look_ahead_ticks(machine.circuit)

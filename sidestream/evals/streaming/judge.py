@@ -9,22 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidestream.circuit.ages import latency_ticks, mixes_ages
 from sidestream.circuit.wire import Circuit
 from sidestream.errors import InputError, ModelError
 from sidestream.evals.metrics import points_from_maps
 from sidestream.evals.streaming.labelled import LabelledClip
 from sidestream.evals.streaming.live import JudgedFrame, ToValue, run_live, run_offline, run_simulated
 from sidestream.evals.streaming.log import Answer, FrameTruth
-from sidestream.evals.streaming.runtimes import RuntimeProfile
-from sidestream.evals.streaming.schedule import Work, one_device, pipeline, unlimited_devices
+from sidestream.evals.streaming.simulated import SimulatedDevice
 from sidestream.evals.streaming.values import Classes, Points
 from sidestream.models.heads import CELL_PX
 from sidestream.types import InputSpec, Output
 from sidestream.video.prepare import unprepare_points
-
-UNLIMITED = "unlimited"
-"""The policy of a device for every frame."""
 
 
 @dataclass
@@ -35,33 +30,6 @@ class Judged:
     offline: list[Answer] = field(default_factory=list)
     streaming: list[Answer] = field(default_factory=list)
     num_clips: int = 0
-
-
-@dataclass(frozen=True)
-class SimulatedDevice:
-    """Runtimes and a scheduling rule in place of a clock."""
-
-    profile: RuntimeProfile
-    frame_rate: float
-    policy: str = "idle-free"
-    """A name of ``POLICIES`` or "unlimited"; a circuit with delays takes up every frame that it can."""
-    seed: int = 0
-
-    def schedule(self, circuit: Circuit, num_frames: int, clip_number: int) -> list[Work]:
-        """The schedule of one clip. A profile with a column per stage of a circuit with delays is a pipeline."""
-        rate, seed = self.frame_rate, self.seed + clip_number
-        if self.policy == UNLIMITED:
-            return unlimited_devices(num_frames, self.profile.draw(rate, seed=seed))
-        if self.profile.num_stages > 1 and latency_ticks(circuit) > 0:
-            if self.profile.num_stages != circuit.num_stages:
-                raise InputError(
-                    f"runtimes of {self.profile.num_stages} stages for a circuit of {circuit.num_stages}; give as many"
-                )
-            rows = self.profile.draw_rows(rate, seed=seed)
-            num_ticks = latency_ticks(circuit) + 1
-            return pipeline(num_frames, rows, lockstep=mixes_ages(circuit), num_ticks=num_ticks)
-        expected = self.profile.mean_seconds * rate
-        return one_device(num_frames, self.profile.draw(rate, seed=seed), policy=self.policy, expected=expected)
 
 
 def judge(
@@ -136,8 +104,3 @@ def points_answer(spec: InputSpec, *, cell_px: float = CELL_PX, window: int | No
         return Points(points_P2, scores_1P[0])
 
     return answer
-
-
-def constant_profile(runtimes_ms: Iterable[float]) -> RuntimeProfile:
-    """A device whose stages always take as long, in milliseconds."""
-    return RuntimeProfile((tuple(ms / 1e3 for ms in runtimes_ms),))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sidestream.data import ClipDataset, ClipRecord
+from sidestream.data.joints import JHMDB_FILE, jhmdb_points
 from sidestream.errors import InputError
 from sidestream.evals.streaming.live import at_rate
 from sidestream.evals.streaming.log import FrameTruth
@@ -20,9 +19,6 @@ from sidestream.evals.streaming.values import ClassLabel, Points, Value
 from sidestream.types import Frame
 
 Task = Literal["classes", "keypoints"]
-JHMDB_JOINTS = "joints_px_609.npz"
-"""In the folder of JHMDB: for each clip that has joints, (T, 15, 2) float32: x, y in pixels of 320 x 240 frames."""
-JHMDB_WIDTH_PX = 320
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,7 @@ def labelled_clips(
     """
     records = [record for record in dataset.records if task == "classes" or _may_have_points(record)]
     if not records:
-        raise InputError(f"{dataset.name} has no keypoints; use jhmdb with {JHMDB_JOINTS} in its folder, or synthetic")
+        raise InputError(f"{dataset.name} has no keypoints; use jhmdb with {JHMDB_FILE} in its folder, or synthetic")
     if max_clips is not None and max_clips < len(records):
         records = [records[n * len(records) // max_clips] for n in range(max_clips)]
     for record in records:
@@ -73,30 +69,26 @@ def num_points(dataset: ClipDataset) -> int:
 
 
 def _may_have_points(record: ClipRecord) -> bool:
-    joints = _jhmdb_joints(_joints_file(record))
-    return record.path.startswith("synthetic") or (joints is not None and record.name in joints)
+    return record.path.startswith("synthetic") or _joints_of(record) is not None
 
 
 def _points_of(record: ClipRecord, frames: list[Frame]) -> list[Value]:
     if frames and frames[0].truth is not None:
-        return [_labelled(frame.truth.keypoints_NP2_px[0]) for frame in frames if frame.truth is not None]
-    joints = _jhmdb_joints(_joints_file(record))
-    assert joints is not None  # records without joints were left out
-    joints_TP2 = torch.from_numpy(joints[record.name]) * (frames[0].size_px[1] / JHMDB_WIDTH_PX)
-    return [_labelled(points_P2) for points_P2 in joints_TP2]
+        return [_labelled(f.truth.keypoints_NP2_px[0], f.size_px) for f in frames if f.truth is not None]
+    joints_FP2 = _joints_of(record)
+    assert joints_FP2 is not None  # records without joints were left out
+    height, width = size_px = frames[0].size_px
+    return [_labelled(points_P2, size_px) for points_P2 in joints_FP2 * torch.tensor([width, height])]
 
 
-def _labelled(points_P2: Tensor) -> Points:
-    return Points(points_P2.float(), torch.ones(len(points_P2)))
+def _labelled(points_P2: Tensor, size_px: tuple[int, int]) -> Points:
+    """Points outside of the picture are not labelled, as in training: they count nowhere."""
+    points_P2, (height, width) = points_P2.float(), size_px
+    is_inside_P = ((points_P2 >= 0) & (points_P2 < torch.tensor([width, height]))).all(1)
+    return Points(points_P2, is_inside_P.float())
 
 
-def _joints_file(record: ClipRecord) -> Path:
-    return Path(record.path).parent.parent.parent / JHMDB_JOINTS  # JHMDB/videos/CLASS/NAME.mp4
-
-
-@cache
-def _jhmdb_joints(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    with np.load(file) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+def _joints_of(record: ClipRecord) -> Tensor | None:
+    """JHMDB's joints as shares of the picture's width and height; None for a record without."""
+    folder = Path(record.path).parent.parent.parent  # JHMDB/videos/CLASS/NAME.mp4
+    return jhmdb_points(folder).read(record) if (folder / JHMDB_FILE).is_file() else None

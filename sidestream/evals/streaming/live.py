@@ -8,7 +8,7 @@ run_simulated    a schedule says which frames are taken up and when answers are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from sidestream.circuit.wire import Circuit
@@ -27,7 +27,11 @@ ToValue = Callable[[Output], Value]
 """From what the model answered (``output.value``, ``output.frame``) to what is logged."""
 JudgedFrame = Literal["answered", "newest"]
 """Which frame an answer is logged for: the one that it answers, or the newest of its tick (a net that was trained to
-predict: its answer speaks of the frame that came in last). Ready times are the same for both."""
+predict: its answer speaks of the frame that came in last).
+
+A chain of stages may have made the answer of a tick before the tick's frame is there, as it reads only older ones. It
+is held until that frame is taken up: only then is it known, where frames are dropped, of which frame it speaks.
+"""
 
 
 def run_live(
@@ -58,14 +62,21 @@ def run_live(
     clock = clock or WallClock()
     frames = _replay(source, clock)
     with frames:
-        fed = _Fed(frames)
+        fed = _Fed(frames, clock)
         outputs = list(run(circuit, fed, executor=executor, clock=clock, **options))
     if not outputs:
         return []
     start_seconds = outputs[0].arrived_at_seconds - outputs[0].pts_seconds  # when the first frame was due
     return [
-        Answer(clip, *place, out.arrived_at_seconds - start_seconds, out.made_at_seconds - start_seconds, answer(out))
-        for out, place in fed.places(outputs, judged_frame)
+        Answer(
+            clip,
+            tick.frame_index,
+            tick.pts_seconds,
+            tick.arrived_at_seconds - start_seconds,
+            max(out.made_at_seconds, tick.began_at_seconds) - start_seconds,
+            answer(out),
+        )
+        for out, tick in fed.ticks_of(outputs, judged_frame)
     ]
 
 
@@ -85,8 +96,11 @@ def run_offline(
     """
     options.setdefault("executor", "inline")
     fed = _Fed(frames)
-    outputs = run(circuit, fed, **options)
-    return [Answer(clip, index, due, due, due, answer(out)) for out, (index, due) in fed.places(outputs, judged_frame)]
+    found = []
+    for out, tick in fed.ticks_of(run(circuit, fed, **options), judged_frame):
+        due = tick.pts_seconds
+        found.append(Answer(clip, tick.frame_index, due, due, due, answer(out)))
+    return found
 
 
 def run_simulated(
@@ -103,19 +117,22 @@ def run_simulated(
     """Feed the frames of a schedule to the engine on one thread; answers are ready when the schedule says.
 
     A model with a memory sees exactly the frames that it would have seen live. Repeatable: nothing is timed. The
-    schedule is in frames, of which ``frame_rate`` come a second.
+    schedule is in frames, of which ``frame_rate`` come a second; ``Work.ready`` is when the answer to that frame is
+    made, as many ticks later as the circuit answers it.
     """
     order = sorted(works, key=lambda work: work.frame_index)
     if order and order[-1].frame_index >= len(frames):
         raise InputError(f"the schedule takes up frame {order[-1].frame_index} of {len(frames)} frames")
-    ready = {work.frame_index: float(work.ready) / frame_rate for work in order}
+    work_of = {work.frame_index: work for work in order}
     due = [replace(frames[w.frame_index], index=w.frame_index, pts_seconds=w.frame_index / frame_rate) for w in order]
     fed = _Fed(due)
     outputs = run(circuit, fed, executor="inline", prepare=prepare)
-    return [
-        Answer(clip, *place, out.pts_seconds, ready[out.frame_index], answer(out))
-        for out, place in fed.places(outputs, judged_frame)
-    ]
+    found = []
+    for out, tick in fed.ticks_of(outputs, judged_frame):
+        ready = max(work_of[out.frame_index].ready, work_of[tick.frame_index].start)
+        came = tick.pts_seconds
+        found.append(Answer(clip, tick.frame_index, came, came, float(ready) / frame_rate, answer(out)))
+    return found
 
 
 def scheduled_answers(
@@ -151,35 +168,42 @@ def _replay(source: Any, clock: Clock) -> Stream:
     return Stream(_InMemory(source), parse_policy("newest"), real_time=True, clock=clock, max_frames=None)
 
 
+@dataclass(frozen=True, slots=True)
+class _Tick:
+    """The frame that went in at a tick, and when, by the run's clock."""
+
+    frame_index: int
+    pts_seconds: float
+    arrived_at_seconds: float
+    began_at_seconds: float
+
+
 class _Fed:
     """Frames on their way into a run: remembers which one went in at each tick."""
 
-    def __init__(self, frames: Iterable[Frame]) -> None:
-        self._frames = frames
-        self._places: list[tuple[int, float]] = []
+    def __init__(self, frames: Iterable[Frame], clock: Clock | None = None) -> None:
+        self._frames, self._clock = frames, clock or WallClock()
+        self._ticks: list[_Tick] = []
 
     def __iter__(self) -> Iterator[Frame]:
         for frame in self._frames:
-            self._places.append((frame.index, frame.pts_seconds))
+            now = self._clock.now()
+            arrived_at = now if frame.arrived_at_seconds is None else frame.arrived_at_seconds
+            self._ticks.append(_Tick(frame.index, frame.pts_seconds, arrived_at, now))
             yield frame
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._frames, name)  # what else a run asks of a stream
 
-    def places(
-        self, outputs: Iterable[Output], judged_frame: JudgedFrame
-    ) -> Iterator[tuple[Output, tuple[int, float]]]:
-        """Each answer with number and time of the frame that it is judged as; without those of ticks that do not count.
+    def ticks_of(self, outputs: Iterable[Output], judged_frame: JudgedFrame) -> Iterator[tuple[Output, _Tick]]:
+        """Each answer with the tick of the frame that it is judged as; without those of ticks that do not count.
 
         Left out: ticks in which a register still held its initial value, and for "newest" those after the last frame.
         """
         for out in list(outputs):
-            if out.is_warm_up:
-                continue
-            if judged_frame == "answered":
-                yield out, (out.frame_index, out.pts_seconds)
-            elif out.tick < len(self._places):
-                yield out, self._places[out.tick]
+            number = out.tick - (out.age_ticks if judged_frame == "answered" else 0)
+            if not out.is_warm_up and number < len(self._ticks):
+                yield out, self._ticks[number]
 
 
 class _InMemory:

@@ -26,7 +26,7 @@ WaitRule = Callable[[Time, Time], bool]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One frame taken up: when, and when its answer is ready, in frames."""
+    """One frame taken up: when, and when the answer to it is ready (in whichever tick), in frames."""
 
     frame_index: int
     start: Time
@@ -111,44 +111,42 @@ def pipeline(
 
     Args:
         rows: the runtimes of the K stages on one frame after the other, in frames. A new frame is taken up when the
-            slowest stage would be done with the last one; a stage waits for its input and for itself.
+            slowest stage would be done with the last one; a stage waits for its input and for itself. Stages that
+            work one after the other inside of a tick (a group of a semi-parallel circuit) are one here: their sum.
         lockstep: all stages begin a tick together, when its frame is there and the tick before is over (circuits of
             which all stages read the newest frame). An answer then comes at the end of the ``num_ticks``-th tick.
         num_ticks: ticks from a frame to its answer, both counted (latency_ticks + 1); default: the number of stages.
     """
     draws = iter(rows)
     works: list[Work] = []
-    ends: list[Time] = []
-    starts: list[tuple[int, Time]] = []
+    ticks: list[Work] = []
     free: list[Time] = []
-    durations: list[Time] = []
     now: Time = 0
     last: int | None = None
     while (found := _newest(now, last, num_frames)) is not None:
         last, now = found
-        row = tuple(_next_runtime(draws, len(starts)))
+        row = tuple(_next_runtime(draws, len(works)))
         free = free or [now] * len(row)
         time = now
         for stage, runtime in enumerate(row):
             time = free[stage] = max(time, free[stage]) + runtime
         works.append(Work(last, now, time))
-        starts.append((last, now))
-        durations.append(max(row))
+        ticks.append(Work(last, now, now + max(row)))
         now = now + max(row)
-        ends.append(now)
-    if not lockstep:
-        return works
-    return _in_lockstep(starts, ends, durations, num_ticks or len(free))
+    return answered_later(ticks, (num_ticks or len(free)) - 1) if lockstep else works
 
 
-def _in_lockstep(
-    starts: Sequence[tuple[int, Time]], ends: Sequence[Time], durations: Sequence[Time], num_ticks: int
-) -> list[Work]:
-    """Answers at the end of the ``num_ticks``-th tick from the frame's own; the last ones come in ticks without one."""
-    all_ends = list(ends)
-    for _ in range(num_ticks - 1):
-        all_ends.append(all_ends[-1] + durations[-1])
-    return [Work(frame, start, all_ends[n + num_ticks - 1]) for n, (frame, start) in enumerate(starts)]
+def answered_later(works: Sequence[Work], num_ticks: int) -> list[Work]:
+    """Answers that come ``num_ticks`` ticks after their frame was taken up, when that tick's frame has been worked on.
+
+    ``works``: a tick each, in order. The last answers come in ticks without a frame, each as long as the last with one.
+    """
+    if not works or not num_ticks:
+        return list(works)
+    ends = [work.ready for work in works]
+    for _ in range(num_ticks):
+        ends.append(ends[-1] + (works[-1].ready - works[-1].start))
+    return [Work(work.frame_index, work.start, ends[n + num_ticks]) for n, work in enumerate(works)]
 
 
 def _newest(now: Time, last: int | None, num_frames: int) -> tuple[int, Time] | None:

@@ -59,6 +59,16 @@ def test_a_set_without_points_says_so(tmp_path: Path) -> None:
         next(labelled_clips(dataset, "keypoints"))
 
 
+def test_jhmdb_joints_are_those_of_the_file_in_pixels_of_the_frames(data_dir: Path) -> None:
+    dataset = open_dataset("jhmdb", part="test", root=data_dir)
+    with np.load(data_dir / "jhmdb" / "joints_px_609.npz", allow_pickle=False) as arrays:
+        for clip in labelled_clips(dataset, "keypoints", max_clips=3):
+            points_TP2 = torch.stack([truth.value.points_P2_px for truth in clip.truths])  # type: ignore[union-attr]
+            height, width = clip.frames[0].size_px
+            expected = torch.from_numpy(arrays[clip.key]).double() * torch.tensor([width / 320, height / 240])
+            torch.testing.assert_close(points_TP2.double(), expected[: len(points_TP2)], rtol=1.2e-7, atol=0)
+
+
 def test_jhmdb_joints_lie_on_the_person(data_dir: Path) -> None:
     dataset = open_dataset("jhmdb", part="test", root=data_dir)
     assert num_points(dataset) == 15
@@ -73,3 +83,23 @@ def test_jhmdb_joints_lie_on_the_person(data_dir: Path) -> None:
                 x, y = truth.value.points_P2_px.int().T.numpy()
                 inside.append(mask_HW[y.clip(0, 119), x.clip(0, 159)].mean())
             assert np.mean(inside) > 0.8  # of the first 40 clips 0.988 on average; at random it is the mask's share
+
+
+def test_joints_outside_of_the_picture_are_not_labelled_as_in_training(data_dir: Path) -> None:
+    spec = PLAIN.replace(size_px=(120, 160), resize_px=None, num_frames=100, min_frames=1)  # the whole picture
+    with np.load(data_dir / "jhmdb" / "joints_px_609.npz") as joints:
+        trained = open_dataset("jhmdb", part="test", root=data_dir, spec=spec, with_points=True)
+        outside = {
+            name: ((joints[name] < 0) | (joints[name] >= (320, 240))).any(-1)
+            for name in (record.name for record in trained.records)
+        }
+    number = max(range(len(trained)), key=lambda n: int(outside[trained.records[n].name].sum()))
+    record = trained.records[number]
+    clip = next(c for c in labelled_clips(trained, "keypoints") if c.key == record.name)
+    assert outside[record.name].any()
+    assert not outside[record.name].all()
+    points_TP3 = trained[number].points_TP3
+    for frame, (truth, hidden_P) in enumerate(zip(clip.truths, outside[record.name], strict=True)):
+        assert isinstance(truth.value, Points)
+        assert (truth.value.scores_P.numpy() == ~hidden_P).all()
+        assert torch.equal(truth.value.scores_P, points_TP3[frame, :, 2])

@@ -122,7 +122,8 @@ def test_a_predictive_net_is_judged_by_the_newest_frame_of_its_tick():
     works = one_device(9, repeat(1.29))  # frames 0 1 2 3 5 6 7
     simulated = run_simulated(circuit, clip(9), works, frame_rate=RATE, judged_frame="newest", **given)
     assert [a.frame_index for a in simulated] == [w.frame_index for w in works[2:]]
-    assert [a.ready_seconds for a in simulated] == [w.ready / RATE for w in works[:-2]]
+    assert [a.ready_seconds for a in simulated] == [w.start / RATE for w in works[2:]]  # made before; held until then
+    assert all(before.ready <= after.start for before, after in zip(works, works[2:], strict=False))
     live = run_live(circuit, clip(9), judged_frame="newest", clock=ManualClock(), executor="inline", **given)
     assert [(a.frame_index, a.pts_seconds, a.value) for a in live] == [
         (a.frame_index, a.pts_seconds, a.value) for a in newest
