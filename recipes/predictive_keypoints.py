@@ -8,38 +8,50 @@ Paper: Carreira, Patraucean et al., "Massively Parallel Video Networks" (ECCV 20
 parallel DenseNet, with and without distillation and feedback. Its tables were not at hand, so there is no number to
 reach; the question is the paper's: what is lost where no stage waits for another, and what brings some of it back?
 
-Data: JHMDB's joints, official split 1: the clips that have joints, 15 a frame; 16 successive frames of 48 x 48 pixels,
-random crops and flips in training. par_densenet_tiny, 8 stages, in every variant; batches of 8, AdamW, one update per
-batch. The sequential net is trained once per seed (``PRETRAINING`` epochs, kept in predictive_keypoints/runs);
-every variant, "sequential" too, goes on from it for ``EPOCHS`` more, and distilled ones have it for a teacher, with the
-weight ``DISTILL``. There is no validation part: epochs and weight were set beforehand, not by a score.
+Data: JHMDB's joints, official split 1: the clips that have joints (433 for training, 176 test clips), 15 a frame;
+successive frames, random crops and flips in training. One net in every variant, AdamW, one update per batch of clips.
+The sequential net is trained once per seed ("pretraining" epochs, kept in predictive_keypoints/runs); every variant,
+"sequential" too, goes on from it for "epochs" more, and distilled ones have it for a teacher, with the weight
+``DISTILL``. There is no validation part: the weight was set beforehand; the epochs were raised once, after a first
+run of one seed (6 and 3) whose training loss was still falling.
+
+Setting "small": par_densenet_tiny, 8 stages, 16 frames of 48 x 48 pixels, 12 and 4 epochs: a run takes 1 to 2 minutes
+on one core, its pretraining 3. Setting "large", for a GPU: par_densenet, 14 stages, 32 frames of 112 x 112 pixels, 60
+and 20 epochs; never run by us.
 
 Scores of the last epoch, both of infinitely fast stages, the first ``latency`` ticks, which have no answer, left out:
 "newest" is PCK@0.2 of the answer of tick t on frame t, when it is given; "answered" on frame t - latency, which it is
-about. In sequence they are the same thing. Beside them stands the mean pose of the training clips, which needs no net.
+about. In sequence they are the same thing. Beside them stand the answers of the sequential net given as late as those
+of the other wirings (pipelined, not predictive), and the mean pose of the training clips, which needs no net.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from records import HERE, Cell, draw_curves, known, last, main, mean_and_spread
+from records import HERE, Cell, Record, draw_curves, known, last, main, mean_and_spread
+from torch import Tensor
 
 from sidestream.data import ClipDataset, ClipOptions, Loader, open_dataset
 from sidestream.models import create_model, load_weights, model_info
 from sidestream.models.heatmaps import pck, points_from_maps
+from sidestream.report.record import write_beside
 from sidestream.train import TrainConfig, TrainResult, fit
 from sidestream.train.predictive import LiveNet
 from sidestream.train.tasks.keypoints import WINDOW
 
 FOLDER = HERE / "predictive_keypoints"
-MODEL, SIZE_PX, NUM_FRAMES = "par_densenet_tiny", 48, 16
-PRETRAINING, EPOCHS, DISTILL = 6, 3, 0.1
+SETTINGS: dict[str, dict[str, Any]] = {
+    "small": {"model": "par_densenet_tiny", "size_px": 48, "num_frames": 16, "pretraining": 12, "epochs": 4},
+    "large": {"model": "par_densenet", "size_px": 112, "num_frames": 32, "pretraining": 60, "epochs": 20},
+}
+DISTILL = 0.1
 WIRINGS = {"sequential": "sequential", "two groups": "semi-parallel:2:fresh", "parallel": "parallel"}
 EXTRAS: dict[str, dict[str, Any]] = {
     "": {},
@@ -58,94 +70,152 @@ SCORES = {"test_pck_0.2": "on the newest frame", "answered_pck_0.2": "on the ans
 
 
 def predictive_keypoints(cell: Cell, out: Path) -> TrainResult:
-    """One run. ``cell``: variant (a key of ``VARIANTS``) and seed. Scores of the last weights are in its last epoch."""
-    seed, variant = cell["seed"], VARIANTS[cell["variant"]]
-    train_data, test_data = clips(seed)
+    """One run. ``cell``: setting, variant (a key of ``VARIANTS``) and seed. Scores of the last weights: last epoch."""
+    seed, variant, epochs = cell["seed"], VARIANTS[cell["variant"]], SETTINGS[cell["setting"]]["epochs"]
+    train_data, test_data = clips(cell["setting"], seed)
     config = TrainConfig(
         **SHARED,
         **variant,
         rule="unrolled",
         target="newest",
-        epochs=EPOCHS,
+        epochs=epochs,
         seed=seed,
-        teacher=str(pretrained(seed)),
-        evaluate_every=EPOCHS,
+        teacher=str(pretrained(cell["setting"], seed)),
+        evaluate_every=epochs,
     )
     torch.manual_seed(seed)
-    result = fit(fresh_net(train_data), train_data, test_data, config=config, out=out)
-    net = load_weights(fresh_net(train_data), out / "last.safetensors").eval()
+    result = fit(fresh_net(cell["setting"], train_data), train_data, test_data, config=config, out=out)
+    net = load_weights(fresh_net(cell["setting"], train_data), out / "last.safetensors").eval()
     *before, end = result.history
-    answered = pck_of_answered(net, variant["wiring"], test_data)
-    return replace(result, history=(*before, {**end, "answered_pck_0.2": answered}))
+    more = {"answered_pck_0.2": pck_of_answered(net, variant["wiring"], test_data)}
+    if cell["variant"] == "sequential":
+        more |= {f"late_{lag}_pck_0.2": pck_late(net, lag, test_data) for lag in lags(net, test_data)}
+    return replace(result, history=(*before, {**end, **more}))
 
 
 SHARED: dict[str, Any] = {"task": "keypoints", "optimizer": "adamw", "lr": 2e-3, "batch_size": 8, "num_workers": 1}
 
 
-def pretrained(seed: int) -> Path:
+def pretrained(setting: str, seed: int) -> Path:
     """The last weights of the sequential net, trained once per seed and kept."""
-    folder = FOLDER / "runs" / f"sequential-{seed}"
+    folder, epochs = FOLDER / "runs" / f"{setting}-sequential-{seed}", SETTINGS[setting]["pretraining"]
     if not (folder / "done").is_file():
-        train_data, test_data = clips(seed)
+        train_data, test_data = clips(setting, seed)
         torch.manual_seed(seed)
-        config = TrainConfig(**SHARED, epochs=PRETRAINING, seed=seed, evaluate_every=PRETRAINING)
+        config = TrainConfig(**SHARED, epochs=epochs, seed=seed, evaluate_every=epochs)
         is_begun = (folder / "config.json").is_file()
-        fit(fresh_net(train_data), train_data, test_data, config=config, out=folder, resume=is_begun)
+        fit(fresh_net(setting, train_data), train_data, test_data, config=config, out=folder, resume=is_begun)
         (folder / "done").touch()
     return folder / "last.safetensors"
 
 
-def fresh_net(data: ClipDataset) -> Any:
+def fresh_net(setting: str, data: ClipDataset) -> Any:
     assert data.points is not None
-    return create_model(MODEL, num_classes=len(data.points.names), head="keypoints")
+    return create_model(SETTINGS[setting]["model"], num_classes=len(data.points.names), head="keypoints")
+
+
+def pck_of_answered(net: Any, wiring: str, data: ClipDataset) -> float:
+    """Of the answers that are given while a clip lasts, each against the frame that it is about."""
+    return _pck_of(LiveNet(net, torch.zeros(1, 3, *data.spec.size_px), wiring).answers, data, lag=0)
+
+
+def pck_late(net: Any, lag: int, data: ClipDataset) -> float:
+    """Of the net's answers in sequence, each against the frame ``lag`` ticks after the one that it is about."""
+    return _pck_of(net.answers, data, lag=lag)
+
+
+def lags(net: Any, data: ClipDataset) -> list[int]:
+    """Ticks by which the answers of the other wirings are late."""
+    frame_BCHW = torch.zeros(1, 3, *data.spec.size_px)
+    return [LiveNet(net, frame_BCHW, wiring).latency for wiring in WIRINGS.values() if wiring != "sequential"]
 
 
 @torch.no_grad()
-def pck_of_answered(net: Any, wiring: str, data: ClipDataset) -> float:
-    """Of the answers that are given while a clip lasts, each against the frame that it is about."""
-    live = LiveNet(net, torch.zeros(1, 3, SIZE_PX, SIZE_PX), wiring)
+def _pck_of(answers: Callable[[Tensor], Tensor], data: ClipDataset, *, lag: int) -> float:
     num_right = num_points = 0
     for batch in Loader(data, batch_size=SHARED["batch_size"]).batches(0):
-        maps = live.answers(batch.clip_BTCHW)
+        maps = answers(batch.clip_BTCHW)
         assert batch.points_BTP3 is not None
-        truth_NP3 = batch.points_BTP3[:, : maps.shape[1]].flatten(0, 1)
-        found_NP2, _ = points_from_maps(maps.flatten(0, 1), SIZE_PX / maps.shape[-1], window=WINDOW)
+        num_frames = min(maps.shape[1], batch.points_BTP3.shape[1] - lag)
+        truth_NP3 = batch.points_BTP3[:, lag : lag + num_frames].flatten(0, 1)
+        cell_px = data.spec.size_px[1] / maps.shape[-1]
+        found_NP2, _ = points_from_maps(maps[:, :num_frames].flatten(0, 1), cell_px, window=WINDOW)
         counted = pck(found_NP2, truth_NP3[..., :2], alpha=0.2, labelled_NP=truth_NP3[..., 2] > 0)
         num_right, num_points = num_right + counted.num_right, num_points + counted.num_points
     return num_right / max(1, num_points)
 
 
 @cache
-def clips(seed: int) -> tuple[ClipDataset, ClipDataset]:
+def clips(setting: str, seed: int) -> tuple[ClipDataset, ClipDataset]:
     """Both parts; decoded frames are kept from run to run."""
-    spec = model_info(MODEL).input_spec.replace(
-        num_frames=NUM_FRAMES, frame_step=1, size_px=(SIZE_PX, SIZE_PX), resize_px=None
+    options, size_px = SETTINGS[setting], SETTINGS[setting]["size_px"]
+    spec = model_info(options["model"]).input_spec.replace(
+        num_frames=options["num_frames"], frame_step=1, size_px=(size_px, size_px), resize_px=None
     )
-    options = ClipOptions(seed=seed, random_crop=True, random_flip=True)
+    drawn = ClipOptions(seed=seed, random_crop=True, random_flip=True)
     train, test = (
-        open_dataset("jhmdb", part=part, split=1, spec=spec, options=options, with_points=True)
+        open_dataset("jhmdb", part=part, split=1, spec=spec, options=drawn, with_points=True)
         for part in ("train", "test")
     )
     return train, test
 
 
 def report() -> str:
-    """README's table, and curves.png (the loss of training)."""
-    records = known(FOLDER / "results.jsonl")
+    """README's table, depth.png (accuracy against depth-parallelism) and curves.png (the loss of training)."""
+    records = [r for r in known(FOLDER / "results.jsonl") if r["cell"]["setting"] == "small"]
     rows = {v: [r for r in records if r["cell"]["variant"] == v] for v in VARIANTS}
     panels = {wiring: {v: rows[v] for v in VARIANTS if v.startswith(wiring)} for wiring in WIRINGS}
     draw_curves(panels, "train_loss", FOLDER / "curves.png", label="loss on the training clips")
+    draw_depth(rows)
     lines = ["| PCK@0.2, % | " + " | ".join(SCORES.values()) + " | seconds a run |", "| --- | ---: | ---: | ---: |"]
     for variant, found in rows.items():
         cells = [mean_and_spread([last(r, name) for r in found], 100) for name in SCORES]
         seconds = [r["seconds"] for r in found]
         cells.append(f"{min(seconds):.0f}-{max(seconds):.0f}" if seconds else "")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    late = [name for name in (rows["sequential"] or [{"history": [{}]}])[0]["history"][-1] if name.startswith("late_")]
+    for name in late:
+        ticks = name.split("_")[1]
+        scores = mean_and_spread([last(r, name) for r in rows["sequential"]], 100)
+        lines.append(f"| sequential, its answers {ticks} tick{'s' if ticks != '1' else ''} late | {scores} | | |")
     poses = mean_and_spread([last(r, "test_mean_pose_pck_0.2") for r in rows["sequential"]], 100)
     lines.append(f"| mean pose | {poses} | | |")
     return "\n".join(lines)
 
 
+def draw_depth(rows: Mapping[str, Sequence[Record]]) -> None:
+    """PCK on the newest frame against the number of stages that work at once; a bar of least to greatest per point."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.2))
+    for number, extra in enumerate(EXTRAS):
+        line = []
+        for place, wiring in enumerate(WIRINGS):
+            # In sequence nothing is distilled: those lines begin at the net that was trained without.
+            found = rows.get(wiring + extra) or (rows.get(wiring + extra.replace(", distilled", "")) or [])
+            scores = [100 * last(r, "test_pck_0.2") for r in found]
+            if scores:
+                line.append((place + 0.03 * (number - 1.5), statistics.mean(scores), min(scores), max(scores)))
+        if line:
+            x, mean, low, high = map(list, zip(*line, strict=True))
+            around = [[m - lo for m, lo in zip(mean, low)], [hi - m for m, hi in zip(mean, high)]]
+            axis.errorbar(x, mean, around, marker="o", capsize=3, label=extra.removeprefix(", ") or "plain")
+    poses = [100 * last(r, "test_mean_pose_pck_0.2") for r in rows["sequential"]]
+    if poses:
+        axis.axhline(statistics.mean(poses), color="grey", linestyle=":", label="mean pose")
+    axis.set(xticks=range(len(WIRINGS)), xticklabels=["1\nsequential", "2\ntwo groups", "8\nparallel"], ylim=(0, None))
+    axis.set(xlabel="stages that work at once", ylabel="PCK@0.2 on the newest frame, %")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    with write_beside(FOLDER / "depth.png") as part:
+        figure.savefig(part, dpi=110, format="png")
+    plt.close(figure)
+
+
 if __name__ == "__main__":
-    axes: dict[str, Sequence[Any]] = {"seed": (0, 1, 2), "variant": list(VARIANTS)}
-    main(__doc__, predictive_keypoints, report, FOLDER, axes)
+    axes: dict[str, Sequence[Any]] = {"seed": (0, 1, 2), "setting": list(SETTINGS), "variant": list(VARIANTS)}
+    main(__doc__, predictive_keypoints, report, FOLDER, axes, not_by_default=["large"])
