@@ -45,7 +45,7 @@ class Stage:
     period_ticks: int = 1
     """Ticks from one output to the next where layers swallow frames, layers before this stage included."""
     cost_seconds: float | None = None
-    """Measured time of one step on one thread (median, warm), where known."""
+    """Measured time of one step on one thread (the least of a few runs, warm), where known."""
     output_bytes: tuple[int, ...] | None = None
     """Size of each output for the example, where known: what a register on its wire costs."""
     hides_state: bool = False

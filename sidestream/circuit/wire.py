@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from sidestream.circuit.stage import Link, Stage, check_links
+from sidestream.circuit.stage import SOURCE, Link, Stage, check_links
 from sidestream.errors import CircuitError
 
 
@@ -57,6 +57,8 @@ class Circuit:
             object.__setattr__(self, "phases", (0,) * K)
         links = tuple(Link(w.source, w.output, w.target, w.input) for w in self.wires)
         check_links(self.stages, links, self.in_spec.num_leaves, self.out_spec.num_leaves)
+        if not any(w.source == SOURCE for w in self.wires):
+            raise CircuitError("no stage reads a frame, so the circuit would never end; keep a wire from the source")
         _check_delays(self)
         _check_periods(self)
 

@@ -39,12 +39,11 @@ def check_video(given: dict[str, Any]) -> None:
 
 def evaluation_film(pairs: Sequence[Pair], given: dict[str, Any], *, title: str) -> Path:
     """Read the first ``--video`` of the evaluated clips again, and write ``overlay.mp4`` into the folder ``--out``."""
-    from sidestream.cli.evaluate_model import _spec
+    from sidestream.cli.evaluate_model import spec_of
     from sidestream.data import open_dataset
     from sidestream.evals.streaming.labelled import labelled_clips
-    from sidestream.models.create import model_info
 
-    spec = _spec(given, model_info(given["model"]).input_spec)  # synthetic frames have the model's size
+    spec = spec_of(given)  # synthetic frames have the model's size
     dataset = open_dataset(given["data"], part="test", split=given["split"], root=given["root"], spec=spec)
     clips = labelled_clips(dataset, "keypoints", frame_rate=given["frame_rate"], max_clips=given["max_clips"])
     path = Path(given["out"]) / NAME

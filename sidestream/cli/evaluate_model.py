@@ -12,12 +12,11 @@ from sidestream.types import InputSpec
 def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
     """One answer per clip; top-1 of the test part."""
     from sidestream.data import ClipOptions, Loader, open_dataset
-    from sidestream.models.create import model_info
     from sidestream.train.answering import Answering, check_model
     from sidestream.train.evaluate import evaluate
     from sidestream.train.tasks import ClassTask
 
-    spec = _spec(given, model_info(given["model"]).input_spec)
+    spec = spec_of(given)
     dataset = open_dataset(
         given["data"], part="test", split=given["split"], root=given["root"], spec=spec, options=ClipOptions()
     )
@@ -46,11 +45,10 @@ def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     from sidestream.evals.streaming.judge import classes_answer, judge, points_answer
     from sidestream.evals.streaming.labelled import labelled_clips, num_points
     from sidestream.models import info_of
-    from sidestream.models.create import model_info
 
     _check(given)
     device = _device(given)
-    spec = _spec(given, model_info(given["model"]).input_spec)
+    spec = spec_of(given)
     dataset = open_dataset(given["data"], part="test", split=given["split"], root=given["root"], spec=spec)
     is_points = given["head"] == "keypoints"
     net: Any = _model(given, num_points(dataset) if is_points else dataset.num_classes)
@@ -112,8 +110,9 @@ def _model(given: dict[str, Any], num_outputs: int) -> Any:
     )
 
 
-def _spec(given: dict[str, Any], own: InputSpec) -> InputSpec:
+def spec_of(given: dict[str, Any]) -> InputSpec:
     """What the model wants, with the sizes that were given instead."""
+    own = _own_spec(given["model"])
 
     def chosen(name: str, default: int) -> int:
         return default if given[name] is None else given[name]
@@ -125,6 +124,17 @@ def _spec(given: dict[str, Any], own: InputSpec) -> InputSpec:
         size_px=own.size_px if given["size"] is None else (given["size"], given["size"]),
         resize_px=own.resize_px if given["size"] is None else None,
     )
+
+
+def _own_spec(model: str) -> InputSpec:
+    """Of a name, or of a saved model's folder."""
+    from sidestream.models import info_of
+    from sidestream.models.create import is_saved, model_info
+    from sidestream.models.pretrained import from_pretrained
+
+    info = info_of(from_pretrained(model)) if is_saved(model) else model_info(model)
+    assert info is not None  # from_pretrained hangs one on every model
+    return info.input_spec
 
 
 def _with_spec(info: Any, spec: InputSpec) -> Any:

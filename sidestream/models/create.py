@@ -98,7 +98,7 @@ def create_model(
         raise ModelError(f"{num_classes=} is no number of classes; give a whole number, or None for the model's own")
     if head not in get_args(HeadKind):
         raise ModelError(f"{head=} is unknown; there are {', '.join(get_args(HeadKind))}")
-    if _is_saved(name):
+    if is_saved(name):
         from sidestream.models.pretrained import create_saved
 
         own = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
@@ -152,7 +152,7 @@ def check_model(name: str, weights: FilePath | None = None, labels: FilePath | N
         raise WeightsError(f"there is no weights file {str(weights)!r}; give a .safetensors or .pt file, or random")
     if labels is not None and not os.path.isfile(labels):
         raise ModelError(f"there is no labels file {str(labels)!r}; give one label per line, or a JSON list")
-    if _is_saved(name):
+    if is_saved(name):
         return
     library, inner = _resolve(name)
     if weights == "default" and library.info(inner).default_weights is None:
@@ -226,7 +226,7 @@ def _resolve(name: str) -> tuple[Library, str]:
     raise ModelError(f"unknown model {name!r}; {near}list all with 'sidestream models'")
 
 
-def _is_saved(name: str) -> bool:
+def is_saved(name: str) -> bool:
     """Whether ``name`` is a place that ``from_pretrained`` reads; the names of models come before those of folders."""
     if not os.path.isdir(name):
         return name.startswith("hf:")

@@ -127,6 +127,12 @@ def test_default_phases_let_each_stage_compute_when_frame_0_arrives() -> None:
             "without a delay",
         ),
         (lambda s: with_feedback(pipelined(s), source=3, output=0, target=1, input=7, initial=0.0), "no input 7"),
+        (
+            lambda s: with_feedback(
+                pipelined(random_stages(0, 3, skip_chance=0.0)), source=3, output=0, target=1, input=0, initial=0.0
+            ),
+            "reads a frame",
+        ),
     ],
 )
 def test_wiring_errors_say_what_was_given(make: object, message: str) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from sidestream.data import open_dataset
 from sidestream.data.dataset import PLAIN
 from sidestream.data.joints import JHMDB_JOINTS
 from sidestream.errors import LayoutError
+from sidestream.evals.metrics import points_from_maps
 from sidestream.evals.streaming import Answer, FrameTruth, Pair, Points, pair, read_answers, read_truth, write_truth
-from sidestream.evals.streaming.labelled import LabelledClip
+from sidestream.evals.streaming.labelled import LabelledClip, labelled_clips
+from sidestream.models import create_model, info_of
+from sidestream.models.info import attach_info
+from sidestream.models.pretrained import save_pretrained
 from sidestream.types import Frame
-from sidestream.video import overlay, read
+from sidestream.video import overlay, prepare, read
 from sidestream.video.overlay import COLOURS
 
 ORANGE, BLUE = (torch.tensor(colour).float() for colour in COLOURS[:2])
@@ -44,6 +49,28 @@ def rows_of(shown: str) -> dict[str, list[str]]:
     table = shown[shown.rindex("| PCK ") :]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in cells}
+
+
+def test_a_saved_model_is_evaluated_at_its_own_size(tmp_path: Path) -> None:
+    """By its folder, frames that are not square: the points that the net itself finds in them."""
+    torch.manual_seed(2)
+    net = create_model("keypoint_cnn", num_classes=5)
+    info = info_of(net)
+    assert info is not None
+    spec = info.input_spec.replace(size_px=(32, 48), resize_px=None, num_frames=2)
+    save_pretrained(attach_info(net, replace(info, input_spec=spec)), tmp_path / "net")
+    words = ["--data", "synthetic", "--model", str(tmp_path / "net"), "--head", "keypoints", "--max-clips", "2"]
+    evaluated([*words, "--out", str(tmp_path / "out")], tmp_path)
+    answers, _ = read_answers(tmp_path / "out" / "offline.jsonl")
+    dataset = open_dataset("synthetic", part="test", spec=spec)
+    net.eval()
+    frame_spec = spec.replace(layout="BCHW", num_frames=1, min_frames=None)
+    for clip in labelled_clips(dataset, "keypoints", max_clips=2):
+        for frame in clip.frames:
+            (found,) = [a for a in answers if (a.clip, a.frame_index) == (clip.key, frame.index)]
+            maps = net(prepare(frame, frame_spec)[:, None])[:, 0].detach()
+            wanted, _ = points_from_maps(maps, 4.0, window=2)
+            assert torch.allclose(found.value.points_P2_px, wanted[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("live", [[], LIVE, [*LIVE, "--forecast"]], ids=["offline", "live", "forecast"])

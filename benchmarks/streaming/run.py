@@ -1,0 +1,115 @@
+"""What nets of one depth keep of their accuracy when they are judged live: in sequence, pipelined, in groups, parallel.
+
+    SIDESTREAM_DATA=... python benchmarks/streaming/run.py                    # all parts; what is there is not repeated
+    SIDESTREAM_DATA=... python benchmarks/streaming/run.py --quick --out DIR  # a look at every part, small
+    python benchmarks/streaming/run.py --report                               # tables and pictures from the records
+
+Parts: timing (a simulated device on an endless stream), accuracy (JHMDB on it, with the weights of
+recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic (moving shapes at growing speed;
+trains its own nets, into runs/), live (real time on this machine; see live.py). A seed without weights is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sidestream.errors import InputError
+from sidestream.report.measure import machine
+from sidestream.report.record import json_lines, read_json_lines
+
+HERE = Path(__file__).parent
+WEIGHTS = HERE.parents[1] / "recipes" / "predictive_keypoints" / "runs"
+Record = dict[str, Any]
+Known = list[Record]
+
+
+def timing_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from simulated import timing
+
+    yield from timing(device, known)
+
+
+def accuracy_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from simulated import accuracy
+
+    yield from accuracy(device, given.weights, given.seeds, known, given.quick)
+
+
+def synthetic_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from synthetic import measure
+
+    runs = given.out / "runs" / ("quick" if given.quick else "synthetic")
+    yield from measure(device, runs, given.seeds, known, given.quick)
+
+
+def live_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    try:
+        from live import measure
+    except ModuleNotFoundError as error:
+        if error.name != "live":
+            raise
+        print("the part live is left out: benchmarks/streaming/live.py is not there")
+        return
+    try:
+        yield from measure(given.quick, known)
+    except InputError as error:
+        print(f"the part live ended: {error}")
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Any, Known], Iterator[Record]]] = {
+    "timing": timing_part,
+    "accuracy": accuracy_part,
+    "synthetic": synthetic_part,
+    "live": live_part,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", choices=[*PARTS], default=[*PARTS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of runs of recipes/predictive_keypoints")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--out", type=Path, default=HERE)
+    given = parser.parse_args(arguments)
+    given.out.mkdir(exist_ok=True, parents=True)
+    path = given.out / "results.jsonl"
+    where = machine()
+    for part in [] if given.report else given.parts:
+        device = device_at(path, where) if part != "live" else None
+        known = [r["case"] for r in records_of(path) if r["part"] == part]
+        for record in PARTS[part](given, device, known):
+            with json_lines(path, append=True) as write:
+                write({"part": part, **record, "machine": where})
+    newest = {json.dumps([r["part"], r["case"]]): r for r in records_of(path)}
+    if not newest:
+        print("no records yet")
+        return
+    from table import write_all
+
+    print(write_all(list(newest.values()), given.out))
+
+
+def device_at(path: Path, where: Record) -> Any:
+    """The simulated device of the records there; measured first where they have none."""
+    from simulated import device_of, profile
+
+    found = [r for r in records_of(path) if r["part"] == "profile"]
+    if not found:
+        found = [{"part": "profile", **profile(), "machine": where}]
+        with json_lines(path, append=True) as write:
+            write(found[0])
+    return device_of(found[0])
+
+
+def records_of(path: Path) -> list[Record]:
+    return read_json_lines(path) if path.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""table.md and the pictures from the records of results.jsonl."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sidestream.report.record import write_text
+from sidestream.report.table import markdown_table
+
+Record = dict[str, Any]
+Records = Sequence[Record]
+Share = tuple[float, float]
+"""Right points over points: live, and offline."""
+Point = dict[str, dict[int, Share]]
+"""By net and seed."""
+STUDIES = {
+    "frame rate": "frames a second",
+    "motion": "quarter of the clips, 1 moves least (30 frames/s)",
+    "speed": "speed of the moving shapes (30 frames/s)",
+}
+SEQUENTIAL = ("sequential", "sequential, forecast")
+GOAL = 2.0
+MARKS = "<!-- table.md -->", "<!-- end of table.md -->"
+"""In README.md the table stands between them."""
+
+
+def write_all(records: Records, folder: Path) -> str:
+    """Writes table.md and the pictures; returns the table."""
+    from plot import draw
+
+    points = {study: points_of(records, study) for study in STUDIES}
+    parts = [device(records), *(accuracy(points[s], s) for s in STUDIES), starts(records), gap_text(points)]
+    text = "\n".join(part for part in (*parts, live(records, folder)) if part)
+    write_text(folder / "table.md", text)
+    _put_into(folder / "README.md", text)
+    draw(points, folder / "streaming.png")
+    return text
+
+
+def _put_into(readme: Path, table: str) -> None:
+    """Between the marks, where there is such a file."""
+    if readme.is_file():
+        before, begin, rest = readme.read_text(encoding="utf-8").partition(MARKS[0])
+        _, end, after = rest.partition(MARKS[1])
+        if begin and end:
+            write_text(readme, f"{before}{begin}\n\n{table}\n{end}{after}")
+
+
+def of(records: Records, part: str) -> list[Record]:
+    return [r for r in records if r["part"] == part]
+
+
+def summed(record: Record) -> Mapping[str, int]:
+    """Over the bins of motion."""
+    some = [b for b in record["motion_bins"] if b is not None]
+    return {name: sum(b[name] for b in some) for name in some[0]}
+
+
+def share_of(sums: Mapping[str, int], prefix: str = "settled_") -> Share:
+    points = max(1, sums[f"{prefix}points"])
+    return sums[f"{prefix}right"] / points, sums[f"{prefix}right_offline"] / points
+
+
+def points_of(records: Records, study: str, prefix: str = "settled_") -> dict[float, Point]:
+    """By the value that is varied."""
+    found: dict[float, Point] = {}
+
+    def add(x: float, record: Record, sums: Mapping[str, int] | None) -> None:
+        if sums is not None:
+            case = record["case"]
+            found.setdefault(x, {}).setdefault(case["net"], {})[case["seed"]] = share_of(sums, prefix)
+
+    for record in of(records, "synthetic" if study == "speed" else "accuracy"):
+        if study == "speed":
+            add(record["case"]["speed"], record, record)
+        elif study == "frame rate":
+            add(record["case"]["frame_rate"], record, summed(record))
+        elif record["case"]["frame_rate"] == 30:
+            for number, sums in enumerate(record["motion_bins"], start=1):
+                add(number, record, sums)
+    return dict(sorted(found.items()))
+
+
+def kept(point: Point, net: str) -> list[float]:
+    """Per seed: live, as a share of what the sequential net has offline. One ceiling for all nets."""
+    ceiling = point.get("sequential", {})
+    return [live / ceiling[seed][1] for seed, (live, _) in point.get(net, {}).items() if ceiling.get(seed, (0, 0))[1]]
+
+
+def accuracy(points: Mapping[float, Point], study: str) -> str:
+    if not points:
+        return ""
+    nets = list(dict.fromkeys(net for point in points.values() for net in point))
+    texts = []
+    columns: list[tuple[str, Callable[[Point, str], list[float]]]] = [
+        ("PCK@0.2 live, %", lambda point, net: [live for live, _ in point.get(net, {}).values()]),
+        ("share of the sequential net's offline accuracy, %", kept),
+    ]
+    if study != "frame rate":
+        columns.insert(0, ("PCK@0.2 offline, %", lambda point, net: [off for _, off in point.get(net, {}).values()]))
+    for title, values in columns:
+        rows = [[net, *(spread(values(point, net)) for point in points.values())] for net in nets]
+        header = [title, *(f"{x:g}" for x in points)]
+        if study == "frame rate" and title.startswith("PCK"):
+            first = next(iter(points.values()))
+            rows = [[net, spread([off for _, off in first.get(net, {}).values()]), *row] for net, *row in rows]
+            header.insert(1, "offline")
+        texts.append(markdown_table(header, rows))
+    return f"### Against {study}: {STUDIES[study]}\n\n" + "\n".join(texts)
+
+
+def starts(records: Records) -> str:
+    """The same with the beginning of each clip, where there is no answer yet, and how old the answers are."""
+    whole, settled = points_of(records, "frame rate", ""), points_of(records, "frame rate")
+    if not whole:
+        return ""
+    rows = []
+    for net in next(iter(settled.values())):
+        own = [r for r in of(records, "accuracy") if r["case"]["net"] == net]
+        ages = []
+        for rate in whole:
+            sums = [summed(r) for r in own if r["case"]["frame_rate"] == rate]
+            ages.append(
+                f"{sum(s['mismatch'] for s in sums) / max(1, sum(s['frames'] - s['misses'] for s in sums)):.2f}"
+            )
+        rows.append([net, *(spread([live for live, _ in p.get(net, {}).values()]) for p in whole.values()), *ages])
+    header = ["all frames: PCK@0.2 live, %; frames behind", *(f"{x:g}" for x in whole), *(f"{x:g}" for x in whole)]
+    return "### With the beginning of each clip\n\n" + markdown_table(header, rows)
+
+
+def spread(shares: Sequence[float]) -> str:
+    """Mean, and range over the seeds, in percent."""
+    if not shares:
+        return "-"
+    mean = f"{100 * statistics.mean(shares):.1f}"
+    return mean if len(shares) == 1 else f"{mean} [{100 * min(shares):.1f}, {100 * max(shares):.1f}]"
+
+
+def device(records: Records) -> str:
+    some = of(records, "timing")
+    if not some:
+        return ""
+    rates = sorted({r["case"]["frame_rate"] for r in some})
+    found = {(r["case"]["net"], r["case"]["frame_rate"]): r for r in some}
+    nets = list(dict.fromkeys(r["case"]["net"] for r in some))
+    texts = [_profile(records)]
+    figures: list[tuple[str, int | None, Callable[[Record], str]]] = [
+        ("answers a second", None, lambda r: f"{r['answers_per_s']:.1f}"),
+        ("reaction, ms: to an answer that the frame has a part in", 0, lambda r: f"{r['reaction_ms'][0]:.0f}"),
+        ("the same, ms, when the frame that it speaks of is there", 0, lambda r: f"{r['in_use_ms'][0]:.0f}"),
+        ("answer, ms: to the answer about the frame", 1, lambda r: f"{r['answer_ms'][0]:.0f}"),
+    ]
+    for title, ticks, value in figures:
+        rows = [[net, *(value(found[net, x]) if (net, x) in found else "-" for x in rates)] for net in nets]
+        header = [title, *(f"{x:g} frames/s" for x in rates)]
+        if ticks is not None:
+            of_net = {r["case"]["net"]: str(r["ticks"][ticks]) for r in some}
+            rows, header = [[net, of_net[net], *row] for net, *row in rows], [title, "ticks", *header[1:]]
+        texts.append(markdown_table(header, rows))
+    busy = []
+    for net in (n for n in nets if (n, rates[-1]) in found):
+        shares = found[net, rates[-1]]["busy"]
+        busy.append([net, *(f"{100 * share:.0f}" for share in shares), f"{100 * statistics.mean(shares):.0f}"])
+    stages = [f"stage {n}" for n in range(1, max((len(row) for row in busy), default=2) - 1)]
+    texts.append(markdown_table([f"workers busy at {rates[-1]:g} frames/s, %", *stages, "mean"], busy))
+    return "### The device\n\n" + "\n".join(texts)
+
+
+def _profile(records: Records) -> str:
+    texts = []
+    for r in of(records, "profile"):
+        means = [1e3 * r["factor"] * statistics.mean(column) for column in zip(*r["rows_seconds"], strict=True)]
+        texts.append(
+            f"Stages, ms: {', '.join(f'{m:.1f}' for m in means)}: as measured on one thread ({r['machine']['cpu']}), "
+            f"all {r['factor']:.1f} times as long, so that the net takes {1e3 * r['factor'] * r['net_seconds']:.0f} ms "
+            f"in place of {1e3 * r['net_seconds']:.2f}.\n"
+        )
+    return "".join(texts)
+
+
+def gaps(points: Mapping[str, Mapping[float, Point]], *, forecasts: bool) -> list[tuple[float, str, float, str, str]]:
+    """(ratio, study, value, depth-parallel net, sequential net) of every point, largest first: the best of each kind.
+
+    A ratio is one of means over the seeds that both nets have. Without ``forecasts`` nets that are helped by a forecast
+    do not take part.
+    """
+    found = []
+    for study, by_value in points.items():
+        for x, point in by_value.items():
+            names = [n for n in point if forecasts or "forecast" not in n]
+            seeds = set.intersection(*(set(point[n]) for n in names)) if names else set()
+            means = {n: statistics.mean(point[n][s][0] for s in seeds) for n in names if seeds}
+            rivals = {n: v for n, v in means.items() if n in SEQUENTIAL}
+            others = {n: v for n, v in means.items() if n not in SEQUENTIAL}
+            if rivals and others and max(rivals.values()) > 0:
+                best, rival = max(others, key=others.__getitem__), max(rivals, key=rivals.__getitem__)
+                found.append((others[best] / rivals[rival], study, x, best, rival))
+    return sorted(found, reverse=True)
+
+
+def gap_text(points: Mapping[str, Mapping[float, Point]]) -> str:
+    lines = []
+    for title, forecasts in (("largest gap", False), ("largest gap, each side with its best forecast", True)):
+        for name, studies in (("", [*points]), (" on JHMDB", ["frame rate", "motion"])):
+            if found := gaps({s: points[s] for s in studies}, forecasts=forecasts):
+                ratio, study, x, best, rival = found[0]
+                verdict = "met" if ratio >= GOAL else "not met"
+                both = [statistics.mean(live for live, _ in points[study][x][n].values()) for n in (best, rival)]
+                where = f"{study} {x:g}, {best} against {rival} (PCK {100 * both[0]:.1f} % and {100 * both[1]:.1f} %)"
+                lines.append(f"{title}{name}: {ratio:.2f} times at {where}; goal {GOAL:g}x: {verdict}.")
+    return "### The largest gap\n\n" + "\n\n".join(lines) + "\n" if lines else ""
+
+
+def live(records: Records, folder: Path) -> str:
+    some = of(records, "live")
+    if not some:
+        return ""
+    from live_report import live_plot, live_table
+
+    live_plot(some, folder / "live.png")
+    return "### Live on this machine\n\n" + live_table(some) + "\n"

@@ -1,0 +1,157 @@
+"""The live benchmark: its table from records whose sums are known by hand, and what it books of a real run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from sidestream.circuit.net_stages import net_circuit
+from sidestream.evals.streaming import Answer, FrameTruth, Pair, Points, pair, run_offline
+from sidestream.evals.streaming.judge import points_answer
+from sidestream.evals.streaming.labelled import LabelledClip
+from sidestream.models import create_model, info_of
+from sidestream.types import Frame
+
+BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "streaming"
+SIZE_PX, NUM_FRAMES, NUM_POINTS = 32, 24, 3
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(BENCHMARK))
+    yield __import__
+    for name in ("live", "live_report"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def live(bench: Any) -> ModuleType:
+    return bench("live")
+
+
+@pytest.fixture
+def report(bench: Any) -> ModuleType:
+    return bench("live_report")
+
+
+def record(net: str, clip: str, **other: Any) -> dict[str, Any]:
+    plain = {
+        "part": "live",
+        "case": {"rate": 10, "clip": clip, "net": net},
+        "reaction_ticks": 4,
+        "num_frames": 20,
+        "num_taken": 20,
+        "num_dropped": 0,
+        "num_answers": 20,
+        "last_ready_seconds": 2.0,
+        "latency_ms": [10.0, 30.0],
+        "reaction_ms": [100.0],
+        "right": 50,
+        "right_offline": 80,
+        "num_points": 100,
+        "num_paired": 20,
+        "mismatch": 10,
+        "busy_shares": [0.9, 0.5],
+        "our_cores": 1.5,
+        "others_cores": 0.1,
+    }
+    return {**plain, **other}
+
+
+def test_table_by_hand(report: ModuleType) -> None:
+    own = "predictive, 5 groups"
+    records = [
+        record("sequential, 2 threads", "a"),
+        record("sequential, 2 threads", "b", right=30, busy_shares=[0.9, 0.5]),
+        record(own, "a", right=70, num_dropped=10, num_answers=10, latency_ms=[50.0]),
+        record(own, "b", right=40, num_points=200, last_ready_seconds=6.0, busy_shares=[0.5, 0.1]),
+    ]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.live_table(records).splitlines()[2:]]
+    assert [row[:2] for row in rows] == [["10", "sequential, 2 threads"], ["10", own]]
+    assert rows[0][2:6] == ["80.0", "40.0", "50", ""]  # (50 + 30) of 200
+    # (70 + 40) / 300 of 160 / 300; per clip +20 and 20 - 30 = -10 points: mean 5, deviation 21.2 / sqrt(2) = 15
+    assert rows[1][2:6] == ["53.3", "36.7", "69", "+5.0 ± 15.0"]
+    assert rows[1][6:8] == ["25", "3.8"]  # 10 of 40 frames; 30 answers in 8 s
+    assert rows[1][8:10] == ["30 / 48", "100 / 100"]  # of 10, 30, 50
+    assert rows[1][10:12] == ["4", "0.50"]
+    assert rows[1][12:] == ["60, 20", "1.50 / 0.10"]  # (2 * 90 + 6 * 50) / 8, (2 * 50 + 6 * 10) / 8
+
+
+def test_plot_is_drawn(report: ModuleType, tmp_path: Path) -> None:
+    report.live_plot([record("sequential, 2 threads", "a"), record("predictive, 5 groups", "a")], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reaction_is_from_the_frame_that_was_seen(live: ModuleType) -> None:
+    def answer(frame: int, ready: float) -> Answer:
+        return Answer("c", frame, frame / 10, frame / 10, ready, Points(torch.zeros(1, 2), torch.ones(1)))
+
+    taken = [0, 1, 4, 6]
+    assert list(live.reactions([answer(4, 0.55)], taken, 0, 10.0)) == pytest.approx([0.15])
+    assert list(live.reactions([answer(4, 0.55), answer(6, 0.6)], taken, 2, 10.0)) == pytest.approx([0.55, 0.5])
+
+
+def test_a_miss_has_no_right_point(live: ModuleType) -> None:
+    points_P2 = torch.tensor([[0.0, 0.0], [100.0, 0.0], [50.0, 40.0]])
+    far_P2 = points_P2 + torch.tensor([[0.0, 19.0], [0.0, 21.0], [12.0, 12.0]])
+    truths = [FrameTruth("c", n, n / 10, Points(points_P2, torch.ones(3))) for n in range(12)]
+    answers = [Answer("c", n, n / 10, n / 10, n / 10, Points(far_P2, torch.ones(3))) for n in range(12)]
+    pairs = [Pair(t, None if n < 10 else a, 0.0) for n, (t, a) in enumerate(zip(truths, answers, strict=True))]
+    assert live.right_of(pairs) == (2 * 2, 12 * 3)  # 20 px are allowed: 19 and 17 are right, 21 is wrong
+
+
+def test_the_lead_in_runs_up_to_the_clip(live: ModuleType, clip: LabelledClip, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live, "LEAD_IN", 3)
+    found = live.led_in(clip, 10.0)
+    order = [3, 2, 1, *range(NUM_FRAMES)]
+    assert [f.index for f in found.frames] == list(range(NUM_FRAMES + 3))
+    assert all(torch.equal(f.rgb_HWC, clip.frames[n].rgb_HWC) for f, n in zip(found.frames, order, strict=True))
+    assert [t.frame_index for t in found.truths] == list(range(3, NUM_FRAMES + 3))
+    assert [t.pts_seconds for t in found.truths] == pytest.approx([n / 10 for n in range(3, NUM_FRAMES + 3)])
+    assert [t.value for t in found.truths] == [t.value for t in clip.truths]
+    monkeypatch.setattr(live, "LEAD_IN", 99)
+    assert len(live.led_in(clip, 10.0).frames) == 2 * NUM_FRAMES - 1
+
+
+@pytest.fixture(scope="module")
+def clip() -> LabelledClip:
+    chance = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, (NUM_FRAMES, SIZE_PX, SIZE_PX, 3), generator=chance, dtype=torch.uint8)
+    points = torch.rand(NUM_FRAMES, NUM_POINTS, 2, generator=chance) * SIZE_PX
+    frames = tuple(Frame(rgb, n, n / 50) for n, rgb in enumerate(pictures))
+    truths = tuple(FrameTruth("c", n, n / 50, Points(p, torch.ones(NUM_POINTS))) for n, p in enumerate(points))
+    return LabelledClip("c", frames, truths)
+
+
+@pytest.mark.parametrize("name", ["sequential, 1 thread", "pipelined, 10 stages", "predictive, 5 groups"])
+def test_what_is_booked_of_a_run(live: ModuleType, clip: LabelledClip, name: str) -> None:
+    net = live.NETS[name]
+    torch.manual_seed(0)
+    model = create_model("par_inception_quarter", num_classes=NUM_POINTS, head="keypoints")
+    info = info_of(model)
+    assert info is not None
+    spec = info.input_spec.replace(size_px=(SIZE_PX, SIZE_PX), layout="BCHW", num_frames=1, min_frames=None)
+    circuit = net_circuit(model, torch.zeros(1, 3, SIZE_PX, SIZE_PX), net.wiring)
+    answers = run_offline(
+        circuit, clip.frames, answer=points_answer(spec), clip="c", judged_frame=net.judged_frame, prepare=spec
+    )
+    found = live.live(circuit, net, clip, spec, rate=50.0, offline=pair(clip.truths, answers))
+    assert found["num_frames"] == NUM_FRAMES
+    assert found["num_taken"] + found["num_dropped"] == NUM_FRAMES
+    num_late = net.lag if net.judged_frame == "newest" else 0
+    assert found["num_answers"] == max(0, found["num_taken"] - num_late) == len(found["latency_ms"])
+    assert found["num_points"] == NUM_FRAMES * NUM_POINTS
+    assert all(ms >= 0 for ms in found["latency_ms"])
+    assert all(ms >= late for ms, late in zip(found["reaction_ms"], found["latency_ms"], strict=True))
+    if num_late:
+        assert min(found["reaction_ms"]) >= 1e3 * num_late / 50 - 0.1  # a frame is seen so many frames ago, or longer
+    assert len(found["busy_shares"]) == (2 if net.executor == "threads" else 1)
+    assert all(0 < share <= 1 for share in found["busy_shares"])
+    if found["num_dropped"] == 0 and net.judged_frame == "newest":
+        assert found["mismatch"] <= NUM_FRAMES
