@@ -216,3 +216,10 @@ def test_the_table_is_put_between_its_marks(bench: Any, tmp_path: Path) -> None:
     readme.write_text("a\n<!-- table.md -->\nold\n<!-- end of table.md -->\nb\n", encoding="utf-8")
     text = table.write_all(records(), tmp_path)
     assert readme.read_text(encoding="utf-8") == f"a\n<!-- table.md -->\n\n{text}\n<!-- end of table.md -->\nb\n"
+
+
+def test_quick_records_do_not_go_among_those_that_are_kept(bench: Any) -> None:
+    before = (BENCHMARK / "results.jsonl").read_bytes()
+    with pytest.raises(SystemExit):
+        bench("run").main(["--quick", "--parts", "timing"])
+    assert (BENCHMARK / "results.jsonl").read_bytes() == before

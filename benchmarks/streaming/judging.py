@@ -182,7 +182,7 @@ class Tally:
 
 
 class _Timed:
-    """A stage's step, and the processor time that each took: other programs do not stretch it."""
+    """A stage's step, and the processor time that each took."""
 
     def __init__(self, step: Callable[[Values, State], tuple[Values, State]]) -> None:
         self.step, self.seconds = step, list[float]()

@@ -1,7 +1,8 @@
 """par_inception at a camera's rate on this machine, in real time: in sequence, pipelined, and predicting.
 
-    SIDESTREAM_DATA=... OMP_WAIT_POLICY=PASSIVE python benchmarks/streaming/live.py    # 25 minutes; a quiet machine
-    SIDESTREAM_DATA=... OMP_WAIT_POLICY=PASSIVE python benchmarks/streaming/live.py --quick --out DIR
+    SIDESTREAM_DATA=... OMP_WAIT_POLICY=PASSIVE python benchmarks/streaming/run.py --parts live
+
+It takes 25 minutes and wants a quiet machine.
 
 Needs the nets of recipes/inception_keypoints.py (seed 0). JHMDB's test clips are shown at ``RATES``; all nets see a
 clip at one rate right after each other, so that what else the machine does meets all of them. A record is one clip,
@@ -15,7 +16,6 @@ each clip is led in by its first frames shown backwards (``LEAD_IN`` of them), a
 
 from __future__ import annotations
 
-import argparse
 import os
 import threading
 import time
@@ -42,7 +42,6 @@ from sidestream.evals.streaming.live import JudgedFrame
 from sidestream.models import create_model, info_of
 from sidestream.models.info import ModelInfo
 from sidestream.report.measure import machine
-from sidestream.report.record import json_lines, read_json_lines
 from sidestream.types import Frame, InputSpec
 from sidestream.video import prepare
 
@@ -283,25 +282,3 @@ def right_of(pairs: Sequence[Pair]) -> tuple[int, int]:
 
 def rounded_ms(values_seconds: Any) -> list[float]:
     return [round(1e3 * seconds, 1) for seconds in values_seconds]
-
-
-def main() -> None:
-    from live_report import live_plot, live_table
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, default=HERE)
-    given = parser.parse_args()
-    given.out.mkdir(exist_ok=True, parents=True)
-    path = given.out / "results.jsonl"
-    known = [r for r in read_json_lines(path) if r["part"] == PART] if path.exists() else []
-    with json_lines(path, append=True) as write:
-        for record in measure(given.quick, known):
-            write(record)
-    records = [r for r in read_json_lines(path) if r["part"] == PART]
-    print(live_table(records))
-    live_plot(records, given.out / "live.png")
-
-
-if __name__ == "__main__":
-    main()

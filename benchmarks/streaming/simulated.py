@@ -75,14 +75,14 @@ def timing(device: Device, known: Sequence[Record]) -> Iterator[Record]:
 def reactions(flow: Dataflow, ticks: int, *, waits: bool = False) -> list[float]:
     """Frames from the arrival of each frame that was taken up to the answer so many ticks later.
 
-    ``waits``: that answer speaks of the frame that is taken up in its own tick, and counts from when that has come.
+    ``waits``: that answer speaks of the frame that is taken up in its own tick, and counts from when that is.
     """
     found = []
     ready = {a.tick: a.ready for a in flow.answers}
     for tick, frame in enumerate(flow.frames):
         end, is_in_clip = ready.get(tick + ticks), tick + ticks < len(flow.frames)
         if end is not None and (is_in_clip or not waits):
-            found.append(float(max(end, flow.frames[tick + ticks]) if waits else end) - frame)
+            found.append(float(max(end, flow.taken[tick + ticks]) if waits else end) - frame)
     return found
 
 

@@ -211,7 +211,7 @@ def gap_text(points: Mapping[str, Mapping[float, Point]]) -> str:
                 both = [statistics.mean(live for live, _ in points[study][x][n].values()) for n in (best, rival)]
                 where = f"{study} {x:g}, {best} against {rival} (PCK {100 * both[0]:.1f} % and {100 * both[1]:.1f} %)"
                 lines.append(f"{title}{name}: {ratio:.2f} times at {where}; goal {GOAL:g}x: {verdict}.")
-    return "### The largest gap\n\n" + "\n\n".join(lines) + "\n" if lines else ""
+    return "### The largest gap on the simulated device\n\n" + "\n\n".join(lines) + "\n" if lines else ""
 
 
 def live(records: Records, folder: Path) -> str:

@@ -133,7 +133,8 @@ def _scores(
     name, ceiling = main_figure(next(iter(found.values())))
     live: dict[str, Any] = {}
     if "streaming" in found:
-        live = {"eta": eta, "share_kept": found["streaming"][name] / ceiling if ceiling > 0 else None}
+        is_known = ceiling > 0 and "streaming" not in next(iter(found))  # a log may have no answer to its own frames
+        live = {"eta": eta, "share_kept": found["streaming"][name] / ceiling if is_known else None}
     return {"metric": name, **live, "scores": found, **joint_fields(found, joints)}
 
 

@@ -11,7 +11,17 @@ import torch
 
 from sidestream.cli import main
 from sidestream.data import open_dataset
-from sidestream.evals.streaming import RuntimeProfile, read_answers, read_truth
+from sidestream.evals.streaming import (
+    Answer,
+    Classes,
+    ClassLabel,
+    FrameTruth,
+    RuntimeProfile,
+    read_answers,
+    read_truth,
+    write_answers,
+    write_truth,
+)
 from sidestream.models import create_model
 from sidestream.models.create import model_info
 from sidestream.models.weights import save_weights
@@ -170,3 +180,20 @@ def test_wrong_inputs_are_one_line(words: list[str], message: str, capsys: pytes
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.count("\n") == 0
+
+
+def test_a_log_without_an_answer_to_a_judged_frame_has_no_offline_figure(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = ClassLabel(1)
+    truths = [FrameTruth("a", n, n / 10, label) for n in (1, 3, 5)]
+    answers = [Answer("a", n, n / 10, n / 10, n / 10, Classes(((1, 1.0),))) for n in (0, 2, 4)]
+    write_truth(tmp_path / "truth.jsonl", truths)
+    write_answers(tmp_path / "answers.jsonl", answers)
+    words = ["--log", str(tmp_path / "answers.jsonl"), "--truth", str(tmp_path / "truth.jsonl")]
+    assert main(["evaluate", *words, "--json", str(tmp_path / "r.json")]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert list(found["scores"]) == ["streaming"]
+    assert found["scores"]["streaming"]["top_1"] == 1.0
+    assert found["share_kept"] is None
+    assert "is kept" not in capsys.readouterr().out

@@ -329,5 +329,4 @@ def test_maps_that_would_not_lie_on_the_frame_are_refused_in_every_form(kind: st
     small = torch.rand(1, 3, net.stride_px // 2, net.stride_px, dtype=torch.float64)
     classes = net_of(kind, feedback=feedback)
     with pytest.raises(LayoutError, match="px or more"):
-        classes.streaming().init_state(small)
-        classes.streaming().step(small, (None,) * 9)
+        classes.streaming()(small[:, None])

@@ -120,15 +120,17 @@ def answers_of(
 ) -> list[Answer]:
     """The log of a schedule: ``values`` by tick, each for the frame that it answers, or the one taken up in its tick.
 
-    An answer that is made before the frame has come for which it is logged (a prediction) is ready when that comes.
+    A prediction that is made before the frame of its tick is taken up is ready when that is (see ``JudgedFrame``).
     """
     found = []
     for a in flow.answers:
-        if a.is_warm_up or (judged_frame == "newest" and a.tick >= len(flow.frames)):
+        is_newest = judged_frame == "newest"
+        if a.is_warm_up or (is_newest and a.tick >= len(flow.frames)):
             continue
-        frame = a.frame_index if judged_frame == "answered" else flow.frames[a.tick]
+        frame = flow.frames[a.tick] if is_newest else a.frame_index
+        ready = max(a.ready, flow.taken[a.tick]) if is_newest else a.ready
         due = frame / frame_rate
-        found.append(Answer(clip, frame, due, due, max(due, float(a.ready) / frame_rate), values[a.tick]))
+        found.append(Answer(clip, frame, due, due, max(due, float(ready) / frame_rate), values[a.tick]))
     return found
 
 

@@ -255,6 +255,21 @@ def test_only_the_frames_of_the_schedule_are_fed_and_answers_stand_by_their_tick
     assert all(a.ready_seconds >= a.pts_seconds for a in newest)
 
 
+def test_a_prediction_is_held_until_its_frame_is_taken_up() -> None:
+    """Four slow stages on two workers: frames wait until a worker is free, and what was made before waits for them."""
+    circuit = wire(stages_of([Shifted(0.0) for _ in range(4)], torch.zeros(1, 3, 2, 2)), "pipelined")
+    flow = dataflow(40, circuit, repeat((1.4, 0.9, 1.2, 0.7)), num_workers=2)
+    values = values_of_ticks(circuit, clip(40, 10.0), flow.frames, answer=level, prepare=image)
+    logged = {a.frame_index: a for a in answers_of(flow, values, frame_rate=10.0, clip="c", judged_frame="newest")}
+    num_held = 0
+    for made in flow.answers:
+        if not made.is_warm_up and made.tick < len(flow.frames):
+            taken = flow.taken[made.tick]
+            num_held += made.ready < taken and taken > flow.frames[made.tick]  # later than when it came
+            assert logged[flow.frames[made.tick]].ready_seconds == pytest.approx(max(made.ready, taken) / 10.0)
+    assert num_held > 0
+
+
 def test_a_device_that_takes_no_time_gives_what_an_offline_run_gives() -> None:
     circuit = parallel(stages_of([Shifted(0.0) for _ in range(3)], torch.zeros(1, 3, 2, 2)))
     flow = dataflow(9, circuit, repeat((0, 0, 0)))
