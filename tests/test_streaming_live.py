@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,8 +94,9 @@ def test_reaction_is_from_the_frame_that_was_seen(live: ModuleType) -> None:
         return Answer("c", frame, frame / 10, frame / 10, ready, Points(torch.zeros(1, 2), torch.ones(1)))
 
     taken = [0, 1, 4, 6]
-    assert list(live.reactions([answer(4, 0.55)], taken, 0, 10.0)) == pytest.approx([0.15])
-    assert list(live.reactions([answer(4, 0.55), answer(6, 0.6)], taken, 2, 10.0)) == pytest.approx([0.55, 0.5])
+    due = [n / 10 for n in range(7)]
+    assert list(live.reactions([answer(4, 0.55)], taken, 0, due)) == pytest.approx([0.15])
+    assert list(live.reactions([answer(4, 0.55), answer(6, 0.6)], taken, 2, due)) == pytest.approx([0.55, 0.5])
 
 
 def test_a_miss_has_no_right_point(live: ModuleType) -> None:
@@ -115,6 +117,10 @@ def test_the_lead_in_runs_up_to_the_clip(live: ModuleType, clip: LabelledClip, m
     assert [t.frame_index for t in found.truths] == list(range(3, NUM_FRAMES + 3))
     assert [t.pts_seconds for t in found.truths] == pytest.approx([n / 10 for n in range(3, NUM_FRAMES + 3)])
     assert [t.value for t in found.truths] == [t.value for t in clip.truths]
+    faster = live.led_in(clip, 20.0)  # the clip is, its lead-in is not
+    assert [f.pts_seconds for f in faster.frames] == pytest.approx([0, 0.1, 0.2, *(0.3 + n / 20 for n in range(24))])
+    assert [f.index for f in faster.frames] == list(range(NUM_FRAMES + 3))
+    assert [t.pts_seconds for t in faster.truths] == pytest.approx([0.3 + n / 20 for n in range(24)])
     monkeypatch.setattr(live, "LEAD_IN", 99)
     assert len(live.led_in(clip, 10.0).frames) == 2 * NUM_FRAMES - 1
 
@@ -153,5 +159,29 @@ def test_what_is_booked_of_a_run(live: ModuleType, clip: LabelledClip, name: str
         assert min(found["reaction_ms"]) >= 1e3 * num_late / 50 - 0.1  # a frame is seen so many frames ago, or longer
     assert len(found["busy_shares"]) == (2 if net.executor == "threads" else 1)
     assert all(0 < share <= 1 for share in found["busy_shares"])
-    if found["num_dropped"] == 0 and net.judged_frame == "newest":
-        assert found["mismatch"] <= NUM_FRAMES
+
+
+def test_what_is_booked_begins_with_the_clip(live: ModuleType, clip: LabelledClip) -> None:
+    """A net that takes no time to speak of, behind a lead-in of 5 frames at 10 a second."""
+    shown = live.led_in(replace(clip, frames=clip.frames[:6], truths=clip.truths[:6]), 50.0)
+    net = replace(live.NETS["sequential, 1 thread"], lag=0)
+    model = create_model("par_inception_quarter", num_classes=NUM_POINTS, head="keypoints")
+    info = info_of(model)
+    assert info is not None
+    spec = info.input_spec.replace(size_px=(SIZE_PX, SIZE_PX), layout="BCHW", num_frames=1, min_frames=None)
+    circuit = net_circuit(model, torch.zeros(1, 3, SIZE_PX, SIZE_PX), net.wiring)
+    found = live.live(circuit, net, shown, spec, rate=50.0, offline=pair(shown.truths, []))
+    assert found["num_frames"] == 6
+    assert found["num_lead_in"][0] == 5
+    assert found["num_answers"] == found["num_taken"] <= 6
+    assert found["num_points"] == 6 * NUM_POINTS
+    assert found["seconds"] >= 0.6  # five tenths, five fiftieths
+    assert all(0 <= share <= 1 for share in found["busy_shares"])
+
+
+def test_work_before_the_clip_is_not_counted(live: ModuleType) -> None:
+    booked = live.Booked()
+    booked._spans += [(1, 10.0, 11.0), (2, 10.5, 12.5), (1, 13.0, 14.0)]
+    assert booked.shares(2) == pytest.approx([0.5, 0.5])
+    assert booked.shares(2, 2.0) == pytest.approx([0.5, 0.25])  # from 12 to 14
+    assert booked.shares(3, 9.0) == [0.0] * 3

@@ -10,8 +10,9 @@ rate and net; those that are known are not measured again. Nets that predict are
 ``evals.streaming`` holds their answer until the frame of which it speaks is there. Without PASSIVE, two threads inside
 of an operator spin for each other, and where anything else wants a core a frame takes seconds.
 
-A stream of 40 frames is too short for a trunk that looks back on dozens, and shorter yet where frames are dropped. So
-each clip is led in by its first frames shown backwards (``LEAD_IN`` of them), and only the clip itself is judged.
+A stream of 40 frames is too short for a trunk that looks back on dozens. So each clip is led in by its first frames
+shown backwards (``LEAD_IN`` of them), slowly enough (``LEAD_IN_RATE``) for every net to take up nearly all, and only
+the clip itself is judged and booked.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ NETS_FOLDER = HERE.parents[1] / "recipes" / "inception_keypoints" / "runs"
 PART = "live"
 RATES = (5, 10, 15, 25, 30)
 NUM_CLIPS = 7
-LEAD_IN = 24
-"""Frames, at most."""
+LEAD_IN, LEAD_IN_RATE = 24, 10.0
+"""Frames, and frames a second; both at most."""
 ALPHA = 0.2
 ETA_FRAMES = -0.1
 """Frames are asked for a tenth of a frame's time after they are due. An answer that was made in advance is held until
@@ -92,13 +93,15 @@ class Booked(Forward):
         self._spans.append((threading.get_ident(), begin, time.perf_counter()))
         return found
 
-    def shares(self, num_workers: int) -> list[float]:
-        """Of the time from the first to the last work, per worker, the busiest first."""
-        if not self._spans:
+    def shares(self, num_workers: int, after_seconds: float = 0.0) -> list[float]:
+        """Per worker, the busiest first, of the time from so long after the first work began until the last ended."""
+        start = min((begin for _, begin, _ in self._spans), default=0.0) + after_seconds
+        spans = [(thread, max(begin, start), end) for thread, begin, end in self._spans if end > start]
+        if not spans:
             return [0.0] * num_workers
-        elapsed = max(end for _, _, end in self._spans) - min(begin for _, begin, _ in self._spans)
+        elapsed = max(end for _, _, end in spans) - start
         busy: dict[int, float] = {}
-        for thread, begin, end in self._spans:
+        for thread, begin, end in spans:
             busy[thread] = busy.get(thread, 0.0) + end - begin
         shares = sorted((seconds / elapsed for seconds in busy.values()), reverse=True)
         return shares + [0.0] * (num_workers - len(shares))
@@ -194,7 +197,13 @@ def measure(quick: bool, known: list[dict[str, Any]], *, nets_folder: Path = NET
 def led_in(clip: LabelledClip, rate: float) -> LabelledClip:
     """The clip behind its first frames, from the last of them back to the second; truth only of the clip itself."""
     before = clip.frames[LEAD_IN:0:-1]
-    frames = tuple(at_rate([*before, *clip.frames], rate))
+    lead_rate = min(rate, LEAD_IN_RATE)
+    start_seconds = len(before) / lead_rate
+    after = [
+        replace(frame, index=len(before) + n, pts_seconds=start_seconds + n / rate)
+        for n, frame in enumerate(clip.frames)
+    ]
+    frames = (*at_rate(before, lead_rate), *after)
     truths = tuple(
         replace(truth, frame_index=frame.index, pts_seconds=frame.pts_seconds)
         for truth, frame in zip(clip.truths, frames[len(before) :], strict=False)
@@ -214,8 +223,9 @@ def warm_up(loaded: Loaded, clip: LabelledClip) -> None:
 def live(
     circuit: Circuit, net: Net, clip: LabelledClip, spec: InputSpec, *, rate: float, offline: list[Pair]
 ) -> dict[str, Any]:
-    """One clip, shown once in real time."""
-    rule, taken, state, start = Booked(), Taken(spec), Machine(), time.perf_counter()
+    """One clip, shown once in real time; what is booked begins where its truth begins."""
+    first, start_seconds = clip.truths[0].frame_index, clip.truths[0].pts_seconds
+    rule, taken, state, begun = Booked(), Taken(spec), Machine(), time.perf_counter()
     answers = run_live(
         circuit,
         list(clip.frames),
@@ -227,11 +237,14 @@ def live(
         num_threads=net.num_threads,
         rule=rule,
     )
-    seconds, (ours, others) = time.perf_counter() - start, state.cores()
+    seconds, (ours, others) = time.perf_counter() - begun, state.cores()
     delay_ticks = information_latency_ticks(circuit) if net.judged_frame == "newest" else 0
     pairs = pair(clip.truths, answers, eta_frames=ETA_FRAMES)
     counts, (num_right, num_points) = counts_of(pairs), right_of(pairs)
-    last_ready = max((a.ready_seconds for a in answers), default=0.0)
+    num_frames, num_taken = len(clip.frames) - first, sum(frame >= first for frame in taken.frames)
+    own = [a for a in answers if a.frame_index >= first]
+    last_ready = max((a.ready_seconds for a in own), default=start_seconds) - start_seconds
+    due_seconds = [frame.pts_seconds for frame in clip.frames]
     num_workers = net.num_threads if net.executor == "threads" else 1
     return {
         "lag": net.lag,
@@ -240,13 +253,14 @@ def live(
         "num_threads": net.num_threads,
         "judged_frame": net.judged_frame,
         "reaction_ticks": information_latency_ticks(circuit),
-        "num_frames": len(clip.frames),
-        "num_taken": len(taken.frames),
-        "num_dropped": len(clip.frames) - len(taken.frames),
-        "num_answers": len(answers),
+        "num_frames": num_frames,
+        "num_taken": num_taken,
+        "num_dropped": num_frames - num_taken,
+        "num_answers": len(own),
+        "num_lead_in": [first, len(taken.frames) - num_taken],
         "last_ready_seconds": round(last_ready, 4),
-        "latency_ms": rounded_ms(a.ready_seconds - a.pts_seconds for a in answers),
-        "reaction_ms": rounded_ms(reactions(answers, taken.frames, delay_ticks, rate)),
+        "latency_ms": rounded_ms(a.ready_seconds - a.pts_seconds for a in own),
+        "reaction_ms": rounded_ms(reactions(own, taken.frames, delay_ticks, due_seconds)),
         "num_points": num_points,
         "right": num_right,
         "right_at_once": right_of(pair(clip.truths, answers))[0],
@@ -254,7 +268,7 @@ def live(
         "num_paired": counts.num_frames - counts.miss,
         "in_time": counts.in_time,
         "mismatch": counts.mismatch,
-        "busy_shares": [round(share, 3) for share in rule.shares(num_workers)],
+        "busy_shares": [round(share, 3) for share in rule.shares(num_workers, start_seconds)],
         "our_cores": round(ours, 3),
         "others_cores": round(others, 3),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
@@ -263,11 +277,13 @@ def live(
     }
 
 
-def reactions(answers: Sequence[Answer], taken: Sequence[int], delay_ticks: int, rate: float) -> Iterator[float]:
+def reactions(
+    answers: Sequence[Answer], taken: Sequence[int], delay_ticks: int, due_seconds: Sequence[float]
+) -> Iterator[float]:
     """Seconds from when the newest frame that an answer has seen was due until the answer could be used."""
     position = {frame: n for n, frame in enumerate(taken)}
     for answer in answers:
-        yield answer.ready_seconds - taken[position[answer.frame_index] - delay_ticks] / rate
+        yield answer.ready_seconds - due_seconds[taken[position[answer.frame_index] - delay_ticks]]
 
 
 def right_of(pairs: Sequence[Pair]) -> tuple[int, int]:
