@@ -114,7 +114,7 @@ def train_head(head: nn.Module, train: Sequence[ClipMaps], lag: int, seed: int) 
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}], lr=LR
     )
-    num_updates = EPOCHS * (len(train) * FRAMES_A_CLIP // BATCH)
+    num_updates = EPOCHS * (sum(is_long_enough(clip) for clip in train) * FRAMES_A_CLIP // BATCH)
     head.train()
     history, update = [], 0
     for epoch in range(EPOCHS):
@@ -141,8 +141,8 @@ def batches(train: Sequence[ClipMaps], lag: int, chance: torch.Generator) -> Ite
     """An epoch: ``FRAMES_A_CLIP`` frames of every clip, mixed; an incomplete last batch is left out."""
     chosen = []
     for number, clip in enumerate(train):
-        if (num_frames := len(clip.maps_TCHW)) > FIRST:
-            frames = torch.randint(FIRST, num_frames, (FRAMES_A_CLIP,), generator=chance)
+        if is_long_enough(clip):
+            frames = torch.randint(FIRST, len(clip.maps_TCHW), (FRAMES_A_CLIP,), generator=chance)
             chosen += [(number, int(frame)) for frame in frames]
     order = torch.randperm(len(chosen), generator=chance).tolist()
     for first in range(0, len(order) - BATCH + 1, BATCH):
@@ -151,6 +151,11 @@ def batches(train: Sequence[ClipMaps], lag: int, chance: torch.Generator) -> Ite
         points_BP2 = torch.stack([train[number].points_TP2_px[frame] for number, frame in picked])
         is_mirrored = torch.rand(BATCH, generator=chance) < MIRRORED
         yield mirrored(maps_BCHW, points_BP2, is_mirrored)
+
+
+def is_long_enough(clip: ClipMaps) -> bool:
+    """Whether it has a frame that is trained for."""
+    return len(clip.maps_TCHW) > FIRST
 
 
 def mirrored(maps_BCHW: Tensor, points_BP2: Tensor, is_mirrored_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -65,26 +65,31 @@ VARIANTS: dict[str, dict[str, Any]] = {
     for extra, options in EXTRAS.items()
     if wiring != "sequential" or "distill" not in options
 }
+VARIANTS |= {
+    "sequential, exact": {"wiring": "sequential", "rule": "exact"},
+    "parallel, exact": {"wiring": "parallel", "rule": "exact"},
+    "parallel, sideways": {"wiring": "parallel", "rule": "sideways"},
+}
+"""By depth: without unrolling, each stage forward and back in every tick, batch norms over one tick."""
 SCORES = {"test_pck_0.2": "on the newest frame", "answered_pck_0.2": "on the answered frame"}
-"""Name in the history -> title. Evaluations of the rule "unrolled" are of the newest frame."""
+"""Name in the history -> title. Evaluations are of the newest frame."""
 
 
 def predictive_keypoints(cell: Cell, out: Path) -> TrainResult:
     """One run. ``cell``: setting, variant (a key of ``VARIANTS``) and seed. Scores of the last weights: last epoch."""
     seed, variant, epochs = cell["seed"], VARIANTS[cell["variant"]], SETTINGS[cell["setting"]]["epochs"]
     train_data, test_data = clips(cell["setting"], seed)
-    config = TrainConfig(
-        **SHARED,
-        **variant,
-        rule="unrolled",
-        target="newest",
-        epochs=epochs,
-        seed=seed,
-        teacher=str(pretrained(cell["setting"], seed)),
-        evaluate_every=epochs,
-    )
+    start = str(pretrained(cell["setting"], seed))
+    rule = {"rule": "unrolled", "teacher": start} | variant
+    is_by_depth = rule["rule"] != "unrolled"
+    if is_by_depth:
+        del rule["teacher"]
+    config = TrainConfig(**SHARED, **rule, target="newest", epochs=epochs, seed=seed, evaluate_every=epochs)
     torch.manual_seed(seed)
-    result = fit(fresh_net(cell["setting"], train_data), train_data, test_data, config=config, out=out)
+    net = fresh_net(cell["setting"], train_data)
+    if is_by_depth:
+        load_weights(net, start)
+    result = fit(net, train_data, test_data, config=config, out=out)
     net = load_weights(fresh_net(cell["setting"], train_data), out / "last.safetensors").eval()
     *before, end = result.history
     more = {"answered_pck_0.2": pck_of_answered(net, variant["wiring"], test_data)}

@@ -120,7 +120,8 @@ def train(
         num_workers: decoding threads.
         checkpoint_minutes: time between checkpoints within an epoch.
         tensorboard: write a TensorBoard log too.
-        wiring: unrolled: sequential, pipelined, parallel, semi-parallel:G or semi-parallel:G:fresh (G groups).
+        wiring: unrolled, and exact and sideways with par_densenet and par_inception: sequential, pipelined, parallel,
+            semi-parallel:G or semi-parallel:G:fresh (G groups).
         feedback_wire: unrolled: the last answer goes back into an early stage (par_densenet, par_inception).
         teacher: unrolled: weights file of the sequential net, to start from and to distil from.
         distill: unrolled: weight of the distance to the teacher's activations.

@@ -35,7 +35,7 @@ RULES_OF: dict[str, tuple[str, ...]] = {
     "num_stages": DEPTH_PARALLEL,
     "target": ON_CIRCUITS,
     "bptt_frames": ("backprop",),
-    "wiring": ("unrolled",),
+    "wiring": ON_CIRCUITS,
     "feedback_wire": ("unrolled",),
     "teacher": ("unrolled",),
     "distill": ("unrolled",),
@@ -43,6 +43,7 @@ RULES_OF: dict[str, tuple[str, ...]] = {
 }
 """Options that mean something to some rules only: given with another one they would be passed over."""
 BUILT_IN = ("backprop", *ON_CIRCUITS)
+DEFAULT_WIRING = "parallel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +115,9 @@ class TrainConfig:
     """Compare the rule's gradients with the true ones in every so many batches (``train.diagnose``); 0: never."""
     num_stages: int | None = None
     """Stages of equal cost that the net is cut into; None: one per layer where the net says which (VGG-8), else 4."""
-    wiring: str = "parallel"
-    """Unrolled: how the net's stages are wired, by name (``circuit.wiring.wire``); also when it is evaluated."""
+    wiring: str = DEFAULT_WIRING
+    """Unrolled, and exact and sideways on nets of blocks (par_densenet, par_inception): how the stages are wired, by
+    name (``circuit.wiring.wire``); also when the net is evaluated."""
     feedback_wire: bool = False
     """Unrolled: the last answer goes back into an early stage (par_densenet, par_inception)."""
     teacher: str | None = None

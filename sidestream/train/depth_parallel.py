@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from sidestream.circuit.ages import mixes_ages
+from sidestream.circuit.ages import latency_ticks, mixes_ages
 from sidestream.circuit.wire import Circuit
 from sidestream.engine import run
 from sidestream.engine.rules.direct import DirectFeedback
@@ -24,13 +24,15 @@ from sidestream.engine.rules.place import parameters_of
 from sidestream.engine.rules.sideways import Sideways
 from sidestream.engine.rules.training import Observer, StageGradient, TrainingRule
 from sidestream.errors import InputError, StageError
+from sidestream.models.depth_net import DepthNet
 from sidestream.nn.feedback_alignment import own_feedback
-from sidestream.train.config import TrainConfig
+from sidestream.train.config import DEFAULT_WIRING, TrainConfig
 from sidestream.train.diagnose import gradient_errors
 from sidestream.train.diagnostics import NUM_CLIPS, stage_records
 from sidestream.train.feedback import check_direct, give_feedback
 from sidestream.train.gradient_bound import row_of
 from sidestream.train.gradient_error import GradientError
+from sidestream.train.predictive import LiveNet, newest
 from sidestream.train.rules import MakeOptimizer, Metrics, NotFinite, StepContext, Update, check_finite
 from sidestream.train.skip_net import SkipNet
 from sidestream.train.stages import circuit_of, ticks_to_learn
@@ -53,9 +55,13 @@ class DepthParallel:
         self._config, self._kind, self._task = context.config, kind, context.task
         self._batch_size, num_frames = context.example_BTCHW.shape[:2]
         self._state_ticks = min(context.config.state_ticks, num_frames)
+        self._frame_1CHW = context.example_BTCHW[:1, 0]
         give_feedback(context.model, context.config)
         self._circuit, self._takes_any_batch = circuit_of(
-            context.model, context.example_BTCHW[:, 0], context.config.num_stages
+            context.model,
+            context.example_BTCHW[:, 0],
+            context.config.num_stages,
+            wiring=context.config.wiring,
         )
         self._model = context.model
         if context.config.diagnose and context.config.feedback == "random" and not self._takes_any_batch:
@@ -114,6 +120,12 @@ class DepthParallel:
         if self._task.measures_training:
             more = self._task.train_metrics(answers_sum[:num_clips], labels_B[:num_clips])
         return {"loss": torch.tensor(loss_sum / max(1, num_answers)), **more}
+
+    def judged(self, net: nn.Module, task: Task) -> tuple[nn.Module, Task]:
+        """What evaluations look at: a net of blocks as its circuit runs (as under "unrolled"), others as they are."""
+        if not isinstance(self._model, DepthNet) or self._config.num_stages is not None:
+            return net, task
+        return LiveNet(self._model, self._frame_1CHW, self._config.wiring), newest(task)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside optimisers and weights: gradients gathered since the stages' last steps."""
@@ -210,6 +222,18 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
             f"update={config.update!r} changes weights that a kept graph still needs; use update='clip', or "
             "keep='inputs' or 'inputs and weights'"
         )
+    is_net_of_blocks = isinstance(model, DepthNet) and config.num_stages is None
+    if config.wiring != DEFAULT_WIRING and not is_net_of_blocks:
+        raise InputError(
+            f"wiring={config.wiring!r} on {type(model).__name__}"
+            f"{'' if config.num_stages is None else f' cut into {config.num_stages} stages'}; the rule "
+            f"{config.rule!r} wires par_densenet and par_inception by name, in their own stages, and pipelines others"
+        )
+    if isinstance(model, DepthNet) and model.has_feedback:
+        raise InputError(
+            f"{type(model).__name__} is fed its last answer; the rule {config.rule!r} goes back over no feedback wire: "
+            "take the rule 'unrolled', or weights of a net without feedback"
+        )
     if config.feedback == "direct" and config.rule == "exact" and config.keep == "inputs and weights":
         raise InputError("keep='inputs and weights' with feedback='direct'; it keeps a 'graph', or 'inputs'")
     if config.feedback == "direct" and config.state_ticks:
@@ -223,20 +247,21 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
 
 
 def check_length(circuit: Circuit, num_frames: int, kind: str, config: TrainConfig) -> None:
-    """Raises ``InputError`` for clips in which not every stage gets a gradient (exact: that never fill the pipeline).
+    """Raises ``InputError`` for clips in which not every stage gets a gradient (exact: that are never answered).
 
-    In a row under Sideways, stage 1 has one from tick 2 (K - 1) on; with direct feedback all have from tick K on. A
-    circuit whose skips mix ages is fed the last frame until all are answered, so K frames are enough.
+    In a row of K, exact needs K frames, and sideways 2 K - 1; with direct feedback all stages have a gradient from tick
+    K on. A circuit whose skips mix ages is fed the last frame until all are answered, so K frames are enough there.
     """
-    K = circuit.num_stages
-    delay = config.loss_delay if kind == "sideways" else 0
-    least = K + delay if kind == "exact" or mixes_ages(circuit) else ticks_to_learn(circuit, delay)
-    if config.feedback == "direct" and kind == "sideways":
-        least = K + 1
+    latency = latency_ticks(circuit)
+    least = latency + 1
+    if kind == "sideways":
+        drain = latency if mixes_ages(circuit) else 0
+        is_direct = config.feedback == "direct"
+        least = latency + 2 if is_direct else max(least, ticks_to_learn(circuit, config.loss_delay) - drain)
     if num_frames < least:
         raise InputError(
-            f"a clip of {num_frames} frames is too short for the pipeline: under {kind!r}, {K} stages need {least} or "
-            "more; give longer clips (num_frames), or fewer stages"
+            f"a clip of {num_frames} frames is too short for the pipeline: under {kind!r}, {circuit.num_stages} stages "
+            f"need {least} or more ({circuit.wiring}); give longer clips (num_frames), or fewer stages"
         )
 
 

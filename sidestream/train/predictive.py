@@ -124,12 +124,9 @@ class Predictive:
             more |= self._task.train_metrics(run.answers.detach().mean(1), labels_B)
         return {"loss": loss.detach(), **more}
 
-    def judged(self, task: Task) -> tuple[nn.Module, Task]:
+    def judged(self, net: nn.Module, task: Task) -> tuple[nn.Module, Task]:
         """What evaluations look at: the circuit as it runs, every answer paired with the newest frame of its tick."""
-        task = copy.copy(task)
-        if hasattr(task, "target"):
-            task.target = "newest"
-        return self._live, task
+        return self._live, newest(task)
 
     def _sequential_teacher(self, frame_BCHW: Tensor) -> Circuit | None:
         """The frozen net of the weights file, from which the student starts too; None where nothing is distilled."""
@@ -145,6 +142,14 @@ class Predictive:
         types = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = types.get(self._context.config.precision)
         return contextlib.nullcontext() if dtype is None else torch.autocast(device_type, dtype=dtype)
+
+
+def newest(task: Task) -> Task:
+    """``task``, with every answer paired with the newest frame of its tick."""
+    task = copy.copy(task)
+    if hasattr(task, "target"):
+        task.target = "newest"
+    return task
 
 
 def distillation(student: Sequence[Trace], teacher: Sequence[Trace], align: Align = "oldest") -> Tensor:

@@ -130,7 +130,7 @@ RULES: dict[str, Callable[[StepContext], TrainStep]] = {
 
 def judged(rule: TrainStep, net: nn.Module, task: Task) -> tuple[nn.Module, Task]:
     """What evaluations look at: ``net`` and ``task``, or what the rule says its net will run as."""
-    return rule.judged(task) if hasattr(rule, "judged") else (net, task)
+    return rule.judged(net, task) if hasattr(rule, "judged") else (net, task)
 
 
 def rule_by_name(name: str) -> Callable[[StepContext], TrainStep]:

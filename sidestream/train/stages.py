@@ -11,14 +11,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidestream.circuit.ages import lags_of
 from sidestream.circuit.balance import balanced
 from sidestream.circuit.build_stages import stages_of
 from sidestream.circuit.cut import cut
+from sidestream.circuit.net_stages import net_circuit
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.wire import Circuit
 from sidestream.circuit.wiring import pipelined
 from sidestream.errors import InputError
 from sidestream.models import info_of
+from sidestream.models.depth_net import DepthNet
 from sidestream.nn.combine import Chain, PerFrame
 from sidestream.nn.steppable import Steppable
 from sidestream.train.skip_net import SkipNet
@@ -27,17 +30,22 @@ from sidestream.types import NOTHING
 NUM_STAGES = 4
 
 
-def circuit_of(model: nn.Module, frame_BCHW: Tensor, num_stages: int | None = None) -> tuple[Circuit, bool]:
+def circuit_of(
+    model: nn.Module, frame_BCHW: Tensor, num_stages: int | None = None, *, wiring: str = "pipelined"
+) -> tuple[Circuit, bool]:
     """``model`` as a circuit whose stages work side by side, and whether it takes batches of any size.
 
-    A net with ``depth_modules()`` has one stage per module, and a ``SkipNet`` its own circuit; every other net that
-    reads single frames is cut into ``num_stages`` stages of equal cost (by operations, so that a resumed run cuts at
-    the same places), which take batches of the size of ``frame_BCHW`` only. So is the stream of a model whose layers
-    carry a state from frame to frame, between those layers; each clip begins with a fresh state. The parameters are the
+    A net with ``depth_modules()`` has one stage per module, a ``SkipNet`` its own circuit, and a ``DepthNet``
+    (par_densenet) its blocks, wired by name (``wiring``; no other net is asked). Every other net that reads single
+    frames is cut into ``num_stages`` stages of equal cost (by operations, so that a resumed run cuts at the same
+    places), which take batches of the size of ``frame_BCHW`` only. So is the stream of a model whose layers carry a
+    state from frame to frame, between those layers; each clip begins with a fresh state. The parameters are the
     model's own. Raises ``InputError`` for models that have no stream, or one that looks ahead, and for a single stage.
     """
     if isinstance(model, SkipNet):
         return model.circuit(), True
+    if isinstance(model, DepthNet) and num_stages is None:
+        return net_circuit(model, frame_BCHW, wiring), True
     modules: Any = getattr(model, "depth_modules", None)
     if modules is not None and num_stages is None:
         layers = modules()
@@ -87,13 +95,17 @@ def check_depth(num_stages: int, model: nn.Module) -> None:
 
 
 def ticks_to_learn(circuit: Circuit, loss_delay: int = 0) -> int:
-    """Frames of a clip from which on every stage of a row has a gradient under Sideways: 2 K - 1, and more where
-    stages answer only every p ticks. Stage i answers in the ticks i - 1, i - 1 + p, ..., and a cotangent waits."""
-    periods = [stage.period_ticks for stage in circuit.stages]
-    tick = circuit.num_stages - 2 + loss_delay
-    for lag in reversed(range(circuit.num_stages)):
-        tick += 1 + (lag - tick - 1) % periods[lag]
-    return tick + 1
+    """Ticks until every stage has had a gradient under Sideways; 2 K - 1 in a row.
+
+    The loss is taken in the first tick that has an answer; a cotangent is a tick later with the stages that are read,
+    and waits there for the next tick in which they answer (those that answer every p ticks only).
+    """
+    lags, ticks = lags_of(circuit), dict[int, int]()
+    for number in reversed(range(1, circuit.num_stages + 1)):
+        readers = [ticks[w.target] for w in circuit.wires_from(number) if w.target in ticks]
+        first = max(readers) + 1 if readers else lags[number] + loss_delay
+        ticks[number] = first + (lags[number] - first) % circuit.stages[number - 1].period_ticks
+    return max(ticks.values()) + 1
 
 
 def _cut_stream(chain: Chain, frame_BCHW: Tensor, num_stages: int | None, model: nn.Module) -> Stages:

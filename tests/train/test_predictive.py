@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from train.layered import layered, random_clip
+from train.predicting import densenet, slow_loss, slow_values
 
-from sidestream.circuit.ages import lags_of, latency_ticks
-from sidestream.circuit.wire import Circuit
+from sidestream.circuit.ages import latency_ticks
 from sidestream.data import synthetic_dataset
 from sidestream.engine.unroll import Trace, unroll
 from sidestream.errors import InputError
@@ -26,21 +26,6 @@ from sidestream.train.answering import Answering
 from sidestream.train.predictive import LiveNet, Predictive, distillation, wired
 from sidestream.train.tasks import KeypointTask
 from sidestream.types import InputSpec
-
-NUM_CLASSES = 4
-
-
-def densenet(seed: int = 0, *, points: int = 0) -> ParDenseNet:
-    """Batch norms in eval mode, and every frame well told apart."""
-    torch.manual_seed(seed)
-    net = ParDenseNet(NUM_CLASSES, stages=(3, 1), growth=2, stem=4, bottleneck=2, num_layers=1)
-    net.num_inner = 4
-    if points:
-        net.with_dense_head(points)
-        for p in net.head.parameters():
-            if p.ndim > 1:
-                nn.init.normal_(p, std=0.2)
-    return net.double().eval()  # type: ignore[return-value]
 
 
 def step_of(model: nn.Module, clip: Tensor, **options: Any) -> Predictive:
@@ -60,35 +45,6 @@ def stepped(model: nn.Module, clip: Tensor, labels: Tensor, **options: Any) -> t
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     optimizer.zero_grad()
     return found, metrics
-
-
-def slow_values(circuit: Circuit, clip: Tensor, num_ticks: int) -> list[dict[int, Tensor]]:
-    """Per stage (0: the frames), tick -> what its module makes of what its wires hold. No feedback, one output each."""
-    made: list[dict[int, Tensor]] = [{t: clip[:, min(t, clip.shape[1] - 1)] for t in range(num_ticks)}]
-    for number in range(1, circuit.num_stages + 1):
-        wires, own = circuit.wires_into(number), {}
-        for t in range(num_ticks):
-            if all(t - w.delay in made[w.source] for w in wires):
-                own[t] = circuit.stages[number - 1].module(*(made[w.source][t - w.delay] for w in wires))
-        made.append(own)
-    return made
-
-
-def slow_loss(
-    circuit: Circuit, clip: Tensor, labels: Tensor, *, teacher: Circuit | None = None, weight: float = 0.0, newest: bool
-) -> Tensor:
-    """Cross entropy of every answer, and the distance to the teacher's activations, term by term."""
-    num_frames, latency = clip.shape[1], latency_ticks(circuit)
-    made = slow_values(circuit, clip, num_frames if newest else num_frames + latency)
-    answers = [value for t, value in made[-1].items() if t >= latency]
-    loss = torch.stack([F.cross_entropy(a, labels) for a in answers]).mean()
-    if teacher is not None:
-        truth = slow_values(teacher, clip, num_frames)
-        for number in range(1, circuit.num_stages):
-            lag = lags_of(circuit)[number]
-            pairs = [(v, truth[number][t - lag]) for t, v in made[number].items() if t - lag < num_frames]
-            loss = loss + weight * torch.stack([(a - b).square().mean() for a, b in pairs]).mean()
-    return loss
 
 
 @pytest.mark.parametrize(
@@ -213,7 +169,7 @@ def test_evaluation_pairs_answers_with_the_newest_frame() -> None:
     clip, _ = random_clip(2, 7, 16)
     net = densenet(points=3)
     step = step_of(net, clip, wiring="parallel", task="keypoints", target="answered")
-    live, task = step.judged(KeypointTask(target="answered"))
+    live, task = step.judged(net, KeypointTask(target="answered"))
     assert isinstance(live, LiveNet)
     task.align(step.circuit)
     assert task.lead == live.latency == 3  # type: ignore[attr-defined]

@@ -316,7 +316,7 @@ PASSED_OVER = [
     {"rule": "backprop", "num_stages": 3},
     {"rule": "backprop", "target": "newest"},
     {"rule": "sideways", "bptt_frames": 2},
-    {"rule": "sideways", "wiring": "sequential"},
+    {"rule": "backprop", "wiring": "sequential"},
     {"rule": "exact", "feedback_wire": True},
     {"rule": "backprop", "teacher": "net.safetensors"},
     {"rule": "backprop", "distill_frame": "newest"},
