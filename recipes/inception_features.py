@@ -95,7 +95,7 @@ def make(net: DepthNet, record: ClipRecord, part: str, file: Path) -> None:
 
 
 def of_record(record: ClipRecord, part: str) -> Iterator[LabelledClip]:
-    """The clip as streaming evaluation shows it."""
+    """The clip as streaming evaluation shows it: all its frames, on which a data set's ``part`` has no influence."""
     whole = dataset(part)
     one = ClipDataset([record], whole.class_names, part="test", spec=spec(), points=whole.points)
     return labelled_clips(one, "keypoints")

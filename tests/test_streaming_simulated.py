@@ -18,7 +18,7 @@ from sidestream.evals.streaming import Answer, FrameTruth, Pair, Points, Runtime
 from sidestream.report.record import read_json_lines
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "streaming"
-MODULES = ("run", "judging", "simulated", "synthetic", "table", "plot", "live", "live_report")
+MODULES = ("run", "judging", "simulated", "synthetic", "table", "plot", "live", "live_nets", "live_report", "control")
 
 
 @pytest.fixture
@@ -99,6 +99,33 @@ def test_right_points_are_counted_and_a_missing_answer_has_none(bench: Any) -> N
     assert tally.sums["points"] == 30
     assert (tally.sums["settled_right"], tally.sums["settled_points"], tally.sums["settled_misses"]) == (2, 6, 1)
     assert (tally.sums["misses"], tally.sums["frames"], tally.sums["mismatch"]) == (1, 10, 0)
+    assert not any("centre" in name for name in tally.sums)
+
+
+def test_the_centre_is_counted_by_itself_on_the_scale_of_the_whole_shape(bench: Any) -> None:
+    """Shapes 40 pixels long, so 8 are allowed; by hand, frame by frame."""
+    judging = bench("judging")
+    outline = torch.tensor([[0.0, 0.0], [-20.0, 0.0], [20.0, 0.0], [0.0, 5.0], [0.0, -5.0]])
+
+    def pairs(ways: dict[int, float | None]) -> list[Pair]:
+        """Answers whose centre is so far off, and whose other points are all wrong but the last."""
+        off = torch.tensor([[0.0, 0.0], [0.0, 9.0], [0.0, 9.0], [0.0, 9.0], [0.0, 1.0]])
+        found = []
+        for n, way in ways.items():
+            truth = FrameTruth("c", n, n, Points(outline + n, torch.ones(5)))
+            answered = outline + n + off + torch.tensor([[way or 0.0, 0.0]] + [[0.0, 0.0]] * 4)
+            made = None if way is None else Answer("c", n, n, n, n, Points(answered, torch.ones(5)))
+            found.append(Pair(truth, made, n))
+        return found
+
+    live = pairs({7: 0.0, 8: 7.9, 9: 8.1, 10: None, 11: -7.0, 12: 30.0})
+    offline = pairs({7: 0.0, 8: 0.0, 9: 7.0, 10: 1.0, 11: 0.0, 12: 9.0})
+    tally = judging.Tally(0)
+    tally.add(offline, live)
+    assert [tally.sums[f"settled_centre_{name}"] for name in ("right", "right_offline", "points")] == [2, 4, 5]
+    assert [tally.sums[f"settled_{name}"] for name in ("right", "right_offline", "points")] == [2 + 4, 4 + 5, 25]
+    tally.add(offline, live)
+    assert [tally.sums[f"settled_centre_{name}"] for name in ("right", "right_offline", "points")] == [4, 8, 10]
 
 
 def test_motion_is_in_sizes_of_the_person_and_bins_are_of_as_many_clips(bench: Any) -> None:
@@ -170,6 +197,74 @@ def test_the_table_of_records(bench: Any, tmp_path: Path) -> None:
     assert "largest gap, each side with its best forecast: 1.20 times" in text
     whole = table.points_of(records(), "frame rate", "")
     assert whole[30]["parallel"][0] == (0.2, 0.38)
+
+
+def speed_records() -> list[dict[str, Any]]:
+    """Two seeds and two speeds. Centres live: parallel 0.6 and 0.3 of 1, with a forecast 0.5 and 0.6, in row 0.2."""
+    rights = {  # of 500 points and 100 centres
+        "sequential": {1.0: (100, 20), 4.0: (50, 0)},
+        "parallel": {1.0: (150, 60), 4.0: (60, 30)},
+        "sequential, forecast": {1.0: (120, 50), 4.0: (80, 60)},
+    }
+    found: list[dict[str, Any]] = []
+    for seed in (0, 1):
+        for net, by_speed in rights.items():
+            for speed, (right, centre) in by_speed.items():
+                sums = {"settled_points": 500, "settled_right": right, "settled_right_offline": 200}
+                sums |= {"settled_centre_points": 100, "settled_centre_right": centre + 2 * seed}
+                sums |= {"settled_centre_right_offline": 80 + 10 * seed}
+                case = {"seed": seed, "net": net, "speed": speed}
+                found.append({"part": "synthetic", "case": case, **sums})
+    return found
+
+
+def test_the_centre_has_a_block_a_gap_and_a_panel(bench: Any, tmp_path: Path) -> None:
+    table = bench("table")
+    text = table.write_all(speed_records(), tmp_path)
+    block = text.split("### Against speed, the centre alone")[1].split("###")[0]
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in block.splitlines() if line.startswith("| parallel")]
+    assert rows[0] == ["parallel", "85.0 [80.0, 90.0]", "85.0 [80.0, 90.0]"]  # offline
+    assert rows[1] == ["parallel", "61.0 [60.0, 62.0]", "31.0 [30.0, 32.0]"]  # live
+    assert rows[2] == ["parallel", "71.9 [68.9, 75.0]", "36.5 [35.6, 37.5]"]  # 60 / 80, 62 / 90; 30 / 80, 32 / 90
+    # of all points 150 / 100; of the centres 31 / 1 in row, and 61 / 51 against a forecast
+    assert "largest gap: 1.50 times at speed 1, parallel against sequential (PCK 30.0 % and 20.0 %)" in text
+    assert "largest gap, the shapes' centre alone: 31.00 times at speed 4, parallel against sequential" in text
+    assert (
+        "best forecast, the shapes' centre alone: 1.20 times at speed 1, parallel against sequential, forecast" in text
+    )
+    ratios = [line for line in text.splitlines() if line.startswith(("| all five points", "| the centre alone"))]
+    assert [[c.strip() for c in line.split("|")[2:-1]] for line in ratios] == [
+        ["1.25", "0.75"],  # 150 / 120, 60 / 80
+        [f"{61 / 51:.2f}", f"{31 / 61:.2f}"],
+    ]
+
+
+def test_records_without_centres_are_reported_as_before(bench: Any, tmp_path: Path) -> None:
+    table = bench("table")
+    older = [{k: v for k, v in r.items() if "centre" not in k} for r in speed_records()]
+    text = table.write_all(older, tmp_path)
+    assert "### Against speed: speed of the moving shapes" in text
+    assert "centre" not in text
+    assert "largest gap: 1.50 times at speed 1" in text
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_picture_is_drawn_of_no_records(bench: Any, tmp_path: Path) -> None:
+    plot, table = bench("plot"), bench("table")
+    plot.draw({study: {} for study in table.STUDIES}, tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracies_and_ages_with_the_beginning_are_two_tables(bench: Any) -> None:
+    table = bench("table")
+    first, second = table.starts(records()).split("\n\n")[1:]
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in (first + "\n" + second).splitlines()]
+    assert [row for row in cells if row and row[0].startswith(("all", "frames"))] == [
+        ["all frames: PCK@0.2 live, %", "5", "30"],
+        ["frames behind", "5", "30"],
+    ]
+    parallel = [row[1:] for row in cells if row and row[0] == "parallel"]
+    assert parallel == [["22.0 [22.0, 22.0]", "20.0 [20.0, 20.0]"], ["2.00", "2.00"]]  # 90 frames over 50 - 5
 
 
 def test_a_seed_without_weights_is_left_out_and_what_is_known_is_not_measured(

@@ -145,8 +145,11 @@ class Judge:
         return self._values[key]
 
 
-def right_of(pairs: Sequence[Pair]) -> tuple[int, int]:
-    """Points within ``ALPHA`` of the size, and points; a frame without an answer has none right."""
+def right_of(pairs: Sequence[Pair], point: int | None = None) -> tuple[int, int]:
+    """Points within ``ALPHA`` of the size, and points; a frame without an answer has none right.
+
+    ``point``: of that one alone; the size is that of all.
+    """
     if not pairs:
         return 0, 0
     truth_NP2, labelled_NP = (
@@ -155,30 +158,38 @@ def right_of(pairs: Sequence[Pair]) -> tuple[int, int]:
     nothing = torch.full_like(truth_NP2[0], float("nan"))
     found = [nothing if p.answer is None else p.answer.value.points_P2_px for p in pairs]  # type: ignore[union-attr]
     counted = pck(torch.stack(found), truth_NP2, alpha=ALPHA, labelled_NP=labelled_NP > 0)
-    return counted.num_right, counted.num_points
+    return (counted.num_right, counted.num_points) if point is None else counted.per_joint[point]
 
 
 class Tally:
-    """Right points of many clips, in all frames and in the settled ones, and how stale their answers were."""
+    """Right points of many clips, in all frames and in the settled ones, and how stale their answers were.
 
-    def __init__(self) -> None:
-        self.sums = dict.fromkeys(
-            ("right", "right_offline", "points", "settled_right", "settled_right_offline", "settled_points"), 0
-        )
+    ``centre``: a point that is counted by itself too, in the settled frames.
+    """
+
+    def __init__(self, centre: int | None = None) -> None:
+        self._counted: dict[str, tuple[int, int | None]] = {"": (0, None), "settled_": (SETTLED, None)}
+        if centre is not None:
+            self._counted["settled_centre_"] = SETTLED, centre
+        self.sums = {f"{start}{name}": 0 for start in self._counted for name in ("right", "right_offline", "points")}
         self.sums |= dict.fromkeys(("frames", "misses", "settled_misses", "mismatch", "clips"), 0)
 
     def add(self, offline: Sequence[Pair], live: Sequence[Pair]) -> None:
-        for prefix, first in (("", 0), ("settled_", SETTLED)):
-            some = [p for p in live if p.truth.frame_index >= first]
-            right, points = right_of(some)
+        for prefix, (first, point) in self._counted.items():
+            right, points = right_of(_from(first, live), point)
             self.sums[f"{prefix}right"] += right
             self.sums[f"{prefix}points"] += points
-            self.sums[f"{prefix}right_offline"] += right_of([p for p in offline if p.truth.frame_index >= first])[0]
-            self.sums[f"{prefix}misses"] += counts_of(some).miss
+            self.sums[f"{prefix}right_offline"] += right_of(_from(first, offline), point)[0]
         counts = counts_of(live)
+        self.sums["misses"] += counts.miss
+        self.sums["settled_misses"] += counts_of(_from(SETTLED, live)).miss
         self.sums["frames"] += counts.num_frames
         self.sums["mismatch"] += counts.mismatch
         self.sums["clips"] += 1
+
+
+def _from(first: int, pairs: Sequence[Pair]) -> list[Pair]:
+    return [p for p in pairs if p.truth.frame_index >= first]
 
 
 class _Timed:
@@ -205,13 +216,17 @@ def stage_times(net: Any, frames: Iterable[Tensor]) -> RuntimeProfile:
 
 
 def tallied(
-    judge: Judge, clips: Sequence[ShownClip], rates: Sequence[float], group: Callable[[ShownClip], Any]
+    judge: Judge,
+    clips: Sequence[ShownClip],
+    rates: Sequence[float],
+    group: Callable[[ShownClip], Any],
+    centre: int | None = None,
 ) -> Iterator[tuple[str, float, Mapping[Any, Tally]]]:
-    """Per net and frame rate a tally of each group of clips."""
+    """Per net and frame rate a tally of each group of clips. ``centre``: see ``Tally``."""
     found: dict[tuple[str, float], dict[Any, Tally]] = {(name, rate): {} for rate in rates for name in NETS}
     for number, clip in enumerate(clips):
         for name, rate in found:
-            tally = found[name, rate].setdefault(group(clip), Tally())
+            tally = found[name, rate].setdefault(group(clip), Tally(centre))
             tally.add(*judge.pairs(name, clip, number, rate))
         judge.forget()
     for (name, rate), tallies in found.items():

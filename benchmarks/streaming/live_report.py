@@ -1,4 +1,4 @@
-"""What the records of ``live.py`` say: a table, and a picture."""
+"""What the records of ``live.py`` say: a table, and a picture; and a table of those of ``control.py``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from sidestream.report.measure import percentiles
 from sidestream.report.record import write_beside
+from sidestream.report.table import markdown_table
 
 Record = Mapping[str, Any]
 BASELINE = "sequential, 2 threads"
@@ -27,7 +28,7 @@ HEADER = (
     "ticks",
     "frames behind",
     "workers busy, %",
-    "cores, own / others",
+    "cores, own / others (with the lead-in)",
 )
 
 
@@ -65,6 +66,11 @@ def difference(own: Sequence[Record], baseline: Sequence[Record]) -> str:
     other = {r["case"]["clip"]: r for r in baseline}
     pairs = [(r, other[r["case"]["clip"]]) for r in own if r["case"]["clip"] in other]
     gaps = [100 * (share([a], "right") - share([b], "right")) for a, b in pairs]
+    return with_error(gaps)
+
+
+def with_error(gaps: Sequence[float]) -> str:
+    """Mean ± standard error."""
     if len(gaps) < 2:
         return f"{gaps[0]:+.1f}" if gaps else ""
     return f"{statistics.mean(gaps):+.1f} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.1f}"
@@ -77,7 +83,7 @@ def answers_per_second(own: Sequence[Record]) -> float:
 
 def mean_busy(own: Sequence[Record]) -> list[float]:
     """Per worker, the busiest first; clips count by how long they lasted."""
-    weights = [r["last_ready_seconds"] for r in own]
+    weights = [max(1e-9, r["last_ready_seconds"]) for r in own]  # 0 of a clip without any answer
     columns = zip(*(r["busy_shares"] for r in own), strict=True)
     return [sum(w * share for w, share in zip(weights, column, strict=True)) / sum(weights) for column in columns]
 
@@ -99,12 +105,36 @@ def rates_of(records: Sequence[Record]) -> list[float]:
 
 
 def by_net(records: Sequence[Record], rate: float) -> dict[str, list[Record]]:
-    """In the order in which they were measured."""
+    """In the order in which they were measured, those in sequence first."""
     found: dict[str, list[Record]] = {}
     for record in records:
         if record["case"]["rate"] == rate:
             found.setdefault(record["case"]["net"], []).append(record)
-    return found
+    return dict(sorted(found.items(), key=lambda item: not item[0].startswith("sequential")))
+
+
+CONTROLS = (
+    ("all frames fed, own answer", "all", None),
+    ("every third fed, own answer", "thinned", "all"),
+    ("all fed, own answer, from frame 6 on", "all, from frame 6", None),
+    ("the same, answer 3 frames late", "3 late", "all, from frame 6"),
+    ("the same, answer 5 frames late", "5 late", "all, from frame 6"),
+)
+"""In words, in the records, and what it is compared with."""
+
+
+def control_table(records: Sequence[Record]) -> str:
+    """Markdown: means over the clips, and of the differences."""
+
+    def shares(name: str) -> list[float]:
+        return [100 * r["right"][name] / max(1, r["num_points"][name]) for r in records]
+
+    rows = []
+    for title, name, other in CONTROLS:
+        gaps = [a - b for a, b in zip(shares(name), shares(other), strict=True)] if other else []
+        rows.append([title, f"{statistics.mean(shares(name)):.1f}", with_error(gaps)])
+    header = [f"frames 0, 3, 6 ... of {len(records)} clips, net in sequence", "PCK@0.2, %", "change, points"]
+    return markdown_table(header, rows)
 
 
 def live_plot(records: Sequence[Record], path: Path) -> None:

@@ -6,13 +6,16 @@
 
 Parts: timing (a simulated device on an endless stream), accuracy (JHMDB on it, with the weights of
 recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic (moving shapes at growing speed;
-trains its own nets, into runs/), live (real time on this machine; see live.py). A seed without weights is left out.
+trains its own nets, into runs/), control (live's net and clips, without a clock), live (real time on this machine, in
+two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without weights is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,8 @@ from sidestream.report.measure import machine
 from sidestream.report.record import json_lines, read_json_lines
 
 HERE = Path(__file__).parent
-WEIGHTS = HERE.parents[1] / "recipes" / "predictive_keypoints" / "runs"
+RECIPES = HERE.parents[1] / "recipes"
+WEIGHTS, NETS = RECIPES / "predictive_keypoints" / "runs", RECIPES / "inception_keypoints" / "runs"
 Record = dict[str, Any]
 Known = list[Record]
 
@@ -46,21 +50,45 @@ def synthetic_part(given: argparse.Namespace, device: Any, known: Known) -> Iter
     yield from measure(device, runs, given.seeds, known, given.quick)
 
 
+def control_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from control import measure
+
+    try:
+        yield from measure(given.quick, known, nets_folder=given.nets)
+    except InputError as error:
+        print(f"the part control ended: {error}")
+
+
 def live_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
     from live import measure
 
+    if not given.one_process:
+        run_other_process(given)
     try:
-        yield from measure(given.quick, known)
+        yield from measure(given.quick, known, nets_folder=given.nets)
     except InputError as error:
         print(f"the part live ended: {error}")
+
+
+def run_other_process(given: argparse.Namespace) -> None:
+    """Measures what this process, with its OMP_WAIT_POLICY, does not (``live_nets``); into the same records."""
+    from live_nets import other_environment
+
+    options = ["--parts", "live", "--one-process", "--out", str(given.out), "--nets", str(given.nets)]
+    options += ["--quick"] if given.quick else []
+    done = subprocess.run([sys.executable, __file__, *options], env=other_environment(), check=False)
+    if done.returncode:
+        print(f"the part live: the process with the other OMP_WAIT_POLICY ended with {done.returncode}")
 
 
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Known], Iterator[Record]]] = {
     "timing": timing_part,
     "accuracy": accuracy_part,
     "synthetic": synthetic_part,
+    "control": control_part,
     "live": live_part,
 }
+ON_THE_DEVICE = ("timing", "accuracy", "synthetic")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,9 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="*", choices=[*PARTS], default=[*PARTS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of runs of recipes/predictive_keypoints")
+    parser.add_argument("--nets", type=Path, default=NETS, help="folder of nets of recipes/inception_keypoints")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--one-process", action="store_true", help=argparse.SUPPRESS)  # start no other, and no report
     given = parser.parse_args(arguments)
     if given.quick and given.out == HERE:
         parser.error("--quick would mix its records with those that are kept here; give another folder (--out)")
@@ -78,11 +108,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = given.out / "results.jsonl"
     where = machine()
     for part in [] if given.report else given.parts:
-        device = device_at(path, where) if part != "live" else None
+        device = device_at(path, where) if part in ON_THE_DEVICE else None
         known = [r["case"] for r in records_of(path) if r["part"] == part]
         for record in PARTS[part](given, device, known):
             with json_lines(path, append=True) as write:
                 write({"part": part, **record, "machine": where})
+    if given.one_process:
+        return
     newest = {json.dumps([r["part"], r["case"]]): r for r in records_of(path)}
     if not newest:
         print("no records yet")

@@ -16,10 +16,12 @@ Share = tuple[float, float]
 """Right points over points: live, and offline."""
 Point = dict[str, dict[int, Share]]
 """By net and seed."""
+CENTRE = "speed, the centre alone"
 STUDIES = {
     "frame rate": "frames a second",
     "motion": "quarter of the clips, 1 moves least (30 frames/s)",
     "speed": "speed of the moving shapes (30 frames/s)",
+    CENTRE: "speed of the moving shapes (30 frames/s)",
 }
 SEQUENTIAL = ("sequential", "sequential, forecast")
 GOAL = 2.0
@@ -33,7 +35,7 @@ def write_all(records: Records, folder: Path) -> str:
 
     points = {study: points_of(records, study) for study in STUDIES}
     parts = [device(records), *(accuracy(points[s], s) for s in STUDIES), starts(records), gap_text(points)]
-    text = "\n".join(part for part in (*parts, live(records, folder)) if part)
+    text = "\n".join(part for part in (*parts, control(records), live(records, folder)) if part)
     write_text(folder / "table.md", text)
     _put_into(folder / "README.md", text)
     draw(points, folder / "streaming.png")
@@ -65,16 +67,18 @@ def share_of(sums: Mapping[str, int], prefix: str = "settled_") -> Share:
 
 
 def points_of(records: Records, study: str, prefix: str = "settled_") -> dict[float, Point]:
-    """By the value that is varied."""
+    """By the value that is varied. Sums that do not count what is asked for (older records) are left out."""
     found: dict[float, Point] = {}
+    prefix = "settled_centre_" if study == CENTRE else prefix
 
     def add(x: float, record: Record, sums: Mapping[str, int] | None) -> None:
-        if sums is not None:
+        if sums is not None and f"{prefix}points" in sums:
             case = record["case"]
             found.setdefault(x, {}).setdefault(case["net"], {})[case["seed"]] = share_of(sums, prefix)
 
-    for record in of(records, "synthetic" if study == "speed" else "accuracy"):
-        if study == "speed":
+    is_speed = study in ("speed", CENTRE)
+    for record in of(records, "synthetic" if is_speed else "accuracy"):
+        if is_speed:
             add(record["case"]["speed"], record, record)
         elif study == "frame rate":
             add(record["case"]["frame_rate"], record, summed(record))
@@ -117,18 +121,21 @@ def starts(records: Records) -> str:
     whole, settled = points_of(records, "frame rate", ""), points_of(records, "frame rate")
     if not whole:
         return ""
-    rows = []
+    accuracies, behind = [], []
     for net in next(iter(settled.values())):
         own = [r for r in of(records, "accuracy") if r["case"]["net"] == net]
+        accuracies.append([net, *(spread([live for live, _ in p.get(net, {}).values()]) for p in whole.values())])
         ages = []
         for rate in whole:
             sums = [summed(r) for r in own if r["case"]["frame_rate"] == rate]
-            ages.append(
-                f"{sum(s['mismatch'] for s in sums) / max(1, sum(s['frames'] - s['misses'] for s in sums)):.2f}"
-            )
-        rows.append([net, *(spread([live for live, _ in p.get(net, {}).values()]) for p in whole.values()), *ages])
-    header = ["all frames: PCK@0.2 live, %; frames behind", *(f"{x:g}" for x in whole), *(f"{x:g}" for x in whole)]
-    return "### With the beginning of each clip\n\n" + markdown_table(header, rows)
+            ages.append(sum(s["mismatch"] for s in sums) / max(1, sum(s["frames"] - s["misses"] for s in sums)))
+        behind.append([net, *(f"{age:.2f}" for age in ages)])
+    rates = [f"{x:g}" for x in whole]
+    tables = (
+        markdown_table(["all frames: PCK@0.2 live, %", *rates], accuracies),
+        markdown_table(["frames behind", *rates], behind),
+    )
+    return "### With the beginning of each clip\n\n" + "\n".join(tables)
 
 
 def spread(shares: Sequence[float]) -> str:
@@ -203,15 +210,48 @@ def gaps(points: Mapping[str, Mapping[float, Point]], *, forecasts: bool) -> lis
 
 def gap_text(points: Mapping[str, Mapping[float, Point]]) -> str:
     lines = []
+    whole = [study for study in points if study != CENTRE]
+    groups = (("", whole), (" on JHMDB", ["frame rate", "motion"]), (", the shapes' centre alone", [CENTRE]))
     for title, forecasts in (("largest gap", False), ("largest gap, each side with its best forecast", True)):
-        for name, studies in (("", [*points]), (" on JHMDB", ["frame rate", "motion"])):
+        for name, studies in groups:
             if found := gaps({s: points[s] for s in studies}, forecasts=forecasts):
                 ratio, study, x, best, rival = found[0]
                 verdict = "met" if ratio >= GOAL else "not met"
                 both = [statistics.mean(live for live, _ in points[study][x][n].values()) for n in (best, rival)]
-                where = f"{study} {x:g}, {best} against {rival} (PCK {100 * both[0]:.1f} % and {100 * both[1]:.1f} %)"
+                value = f"{study.partition(',')[0]} {x:g}"
+                where = f"{value}, {best} against {rival} (PCK {100 * both[0]:.1f} % and {100 * both[1]:.1f} %)"
                 lines.append(f"{title}{name}: {ratio:.2f} times at {where}; goal {GOAL:g}x: {verdict}.")
+    lines += [text for text in [against_forecast(points)] if text]
     return "### The largest gap on the simulated device\n\n" + "\n\n".join(lines) + "\n" if lines else ""
+
+
+def against_forecast(points: Mapping[str, Mapping[float, Point]]) -> str:
+    """Moving shapes, by speed: live PCK of the parallel net over that of the sequential one with a forecast."""
+    rows = []
+    speeds = list(points["speed"])
+    for title, study in (("all five points", "speed"), ("the centre alone", CENTRE)):
+        ratios = [ratio(points[study].get(x, {}), "parallel", "sequential, forecast") for x in speeds]
+        if any(r is not None for r in ratios):
+            rows.append([title, *("-" if r is None else f"{r:.2f}" for r in ratios)])
+    header = ["parallel against the sequential net with a forecast, times, at speed", *(f"{x:g}" for x in speeds)]
+    return markdown_table(header, rows).rstrip("\n") if rows else ""
+
+
+def ratio(point: Point, net: str, rival: str) -> float | None:
+    """Of live means over the seeds that both have."""
+    own, other = point.get(net, {}), point.get(rival, {})
+    seeds = own.keys() & other.keys()
+    below = sum(other[seed][0] for seed in seeds)
+    return sum(own[seed][0] for seed in seeds) / below if below else None
+
+
+def control(records: Records) -> str:
+    some = of(records, "control")
+    if not some:
+        return ""
+    from live_report import control_table
+
+    return "### What dropping and lateness do, without a clock\n\n" + control_table(some)
 
 
 def live(records: Records, folder: Path) -> str:

@@ -2,7 +2,8 @@
 
 One lock guards which cells are ready; the work itself happens outside of it. A worker that has fired a cell takes
 the next ready one itself, so a frame is handed from stage to stage without a queue between. Of several ready cells
-the one with the oldest frame goes first. No more frames are let in than the circuit's registers hold in a tick.
+the one with the oldest frame goes first. No more frames are let in than the circuit's registers hold in a tick, and
+on a live source no more than full speed needs (``in_flight``).
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from sidestream.circuit.ages import information_latency_ticks, lags_of, look_ahead_ticks
+from sidestream.circuit.ages import lags_of
 from sidestream.circuit.stage import SOURCE
 from sidestream.clock import Clock
+from sidestream.engine.executors.in_flight import LiveLimit, limit_in_flight
 from sidestream.engine.feed import Feed, Tick
 from sidestream.engine.tick import Cell, Machine
 from sidestream.types import Output
@@ -32,9 +34,10 @@ def threads(
     """Answers in order, equal to ``inline``'s to the bit.
 
     ``max_in_flight``: frames inside at once; at most the circuit's latency in ticks + 1 (default: that, but no more
-    than ``num_workers`` + 1, since more frames than workers only wait; on a live source no more than ``num_workers``).
+    than ``num_workers`` + 1, since more frames than workers only wait; on a live source no more than ``num_workers``,
+    and than full speed needs by the times that the stages take).
     """
-    pool = _Pool(machine, feed, clock, limit_in_flight(machine, num_workers, max_in_flight, is_live=feed.wants_latency))
+    pool = _Pool(machine, feed, clock, _limit(machine, feed, num_workers, max_in_flight))
     pool.start(num_workers)
     try:
         yield from drained_on_interrupt(pool.next_answer, feed)
@@ -62,19 +65,17 @@ def drained_on_interrupt(next_answer: Callable[[], Output | None], feed: Feed) -
         raise interrupt
 
 
-def limit_in_flight(machine: Machine, num_workers: int, max_in_flight: int | None, *, is_live: bool) -> int:
-    if max_in_flight is None:
-        max_in_flight = num_workers if is_live else num_workers + 1
-    wanted = max_in_flight + look_ahead_ticks(machine.circuit)
-    if machine.rule.goes_back:  # a stage may wait for one that reads newer frames
-        return machine.latency + 1
-    needed = machine.latency - information_latency_ticks(machine.circuit) + 1  # an answer may need newer frames
-    return max(needed, min(machine.latency + 1, wanted))
+def _limit(machine: Machine, feed: Feed, num_workers: int, max_in_flight: int | None) -> int | LiveLimit:
+    if feed.wants_latency:
+        return LiveLimit(machine, num_workers, max_in_flight)
+    return limit_in_flight(machine, num_workers, max_in_flight, is_live=False)
 
 
 class _Pool:
-    def __init__(self, machine: Machine, feed: Feed, clock: Clock, limit: int) -> None:
-        self.machine, self.feed, self.clock, self.limit = machine, feed, clock, limit
+    def __init__(self, machine: Machine, feed: Feed, clock: Clock, limit: int | LiveLimit) -> None:
+        self.machine, self.feed, self.clock = machine, feed, clock
+        self.live = limit if isinstance(limit, LiveLimit) else None
+        self.most = limit.most if isinstance(limit, LiveLimit) else limit
         self.lock = threading.Lock()
         self.work = threading.Condition(self.lock)  # a cell became ready
         self.room = threading.Condition(self.lock)  # a frame left, another may come in
@@ -93,6 +94,11 @@ class _Pool:
         self.reads_sink = {w.source for w in machine.circuit.wires_into(machine.circuit.sink)}
         self.threads: list[threading.Thread] = []
         self.intra_op_threads = torch.get_num_threads()
+
+    @property
+    def limit(self) -> int:
+        """Frames that may be inside at once."""
+        return self.most if self.live is None else self.live.now
 
     def start(self, num_workers: int) -> None:
         with self.lock:
@@ -173,7 +179,7 @@ class _Pool:
     def _wait_for_room(self) -> bool:
         """Wait until a frame may come in: enough answered, and the reader of the answers keeps up."""
         with self.lock:
-            while self.num_in_flight >= self.limit or len(self.answers) >= self.limit + 1:
+            while self.num_in_flight >= self.limit or len(self.answers) >= self.most + 1:
                 if self.is_closed:
                     return False
                 self.room.wait()
@@ -183,15 +189,20 @@ class _Pool:
         torch.set_num_threads(1)
         cell: Cell | None = None
         try:
-            while (cell := self._next_cell(cell)) is not None:
+            spent = 0.0
+            while (cell := self._next_cell(cell, spent)) is not None:
+                before = cell.busy_seconds
                 self.machine.fire(cell)
+                spent = cell.busy_seconds - before
         except BaseException as error:
             self._fail(error)
 
-    def _next_cell(self, fired: Cell | None) -> Cell | None:
+    def _next_cell(self, fired: Cell | None, spent_seconds: float) -> Cell | None:
         """Book what the fired cell has made ready, and take the next cell to fire; None when the run is over."""
         with self.lock:
             if fired is not None:
+                if self.live is not None:
+                    self.live.book(fired, spent_seconds)
                 self.queued.discard(fired.number)
                 self._queue((fired.number, *self.readers[fired.number]))
                 if fired.number in self.reads_sink:

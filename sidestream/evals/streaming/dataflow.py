@@ -8,7 +8,7 @@ on tick n when
   frame waits for no frame: it may be ticks ahead of the camera as far as its wires allow, and so may an answer;
 - a worker is free. Of several ready stages the one with the oldest frame goes first, of these the deepest.
 
-Tick n takes up the newest frame that has come when there is room for it (``limit_in_flight`` of a live source), or the
+Tick n takes up the newest frame that has come when there is room for it (``LiveLimit``), or the
 next one when none has come since. A frame is inside until its tick of being answered, tick n + latency, is over.
 
 As in ``schedule`` times are in frames, and of any kind of number. The clip ends with its last frame's period.
@@ -25,7 +25,7 @@ from sidestream.circuit.ages import latency_ticks, look_ahead_ticks, mixes_ages
 from sidestream.circuit.stage import NOTHING, Stage, State, Values
 from sidestream.circuit.wire import Circuit
 from sidestream.engine import run
-from sidestream.engine.executors.threads import limit_in_flight
+from sidestream.engine.executors.in_flight import LiveLimit
 from sidestream.engine.rules.forward import Forward
 from sidestream.engine.tick import END, Cell, Fed, Machine
 from sidestream.errors import InputError
@@ -168,9 +168,10 @@ class _Simulation:
     def __post_init__(self) -> None:
         blank = self.circuit.replace(stages=tuple(_without_work(s) for s in self.circuit.stages))
         self.machine = Machine(blank, Forward())
-        self.limit = limit_in_flight(self.machine, self.num_workers, self.max_in_flight, is_live=True)
+        self.limit = LiveLimit(self.machine, self.num_workers, self.max_in_flight)
         self.num_drain = latency_ticks(self.circuit) if mixes_ages(self.circuit) else 0
         self.idle = list(range(self.num_workers))
+        self.runtimes: dict[int, Time] = {}
         self.stage_busy: list[Time] = [0] * self.circuit.num_stages
         self.worker_busy: list[Time] = [0] * self.num_workers
 
@@ -191,7 +192,9 @@ class _Simulation:
 
     def _happen(self, number: int, worker: int) -> None:
         if number:
-            self.machine.fire(self.machine.cells[number - 1])
+            cell = self.machine.cells[number - 1]
+            self.machine.fire(cell)
+            self.limit.book(cell, float(self.runtimes[number]))
             self.queued.discard(number)
             heapq.heappush(self.idle, worker)
 
@@ -205,6 +208,7 @@ class _Simulation:
         while self.ready and self.idle:
             cell = self.machine.cells[-heapq.heappop(self.ready)[1] - 1]
             worker, runtime = heapq.heappop(self.idle), self._runtime(cell)
+            self.runtimes[cell.number] = runtime
             self.stage_busy[cell.number - 1] += runtime
             self.worker_busy[worker] += runtime
             heapq.heappush(self.events, (self.now + runtime, cell.number, worker))
@@ -241,7 +245,7 @@ class _Simulation:
 
     def _feed(self) -> bool:
         """Take up a frame if one has come and may come in; at the end of the clip what the engine feeds then."""
-        if self.has_fed_end or (self.intake == "room" and self.num_in_flight >= self.limit):
+        if self.has_fed_end or (self.intake == "room" and self.num_in_flight >= self.limit.now):
             return False
         start = self.now
         if self.intake == "paced" and self.taken:

@@ -48,8 +48,8 @@ def test_a_pipeline_with_a_worker_per_stage_is_the_schedule_of_a_pipeline(num_st
     circuit = pipelined(row_of(num_stages))
     paced = dataflow(40, circuit, draws(seed, num_stages), intake="paced")
     assert paced.works == pipeline(40, draws(seed, num_stages))
-    # where no stage needs longer than a frame, the engine has room for every frame
-    fast = dataflow(40, circuit, draws(seed, num_stages, most=6))
+    # where no stage needs longer than a frame, there is room for every frame
+    fast = dataflow(40, circuit, draws(seed, num_stages, most=6), max_in_flight=num_stages)
     assert fast.works == pipeline(40, draws(seed, num_stages, most=6))
     assert fast.frames == tuple(range(40))
 
@@ -115,7 +115,7 @@ def test_any_circuit_is_a_recursion_over_its_ticks(wiring: str, seed: int) -> No
     circuit = wire(random_stages(seed, 2 + seed % 5), wiring)
     most = (4, 12, 30)[seed % 3]
     rows = list(islice(draws(seed, circuit.num_stages, most=most), 200))
-    found = dataflow(30, circuit, rows)
+    found = dataflow(30, circuit, rows, max_in_flight=circuit.num_stages)
     expected = slow_twin(30, circuit, rows)
     assert found.frames == tuple(frame for frame, _ in expected)
     ready = {a.tick: a.ready for a in found.answers}
@@ -169,8 +169,11 @@ def test_periods_and_latencies_of_the_wirings() -> None:
         stages, rows = row_of(4), repeat(times)
         assert settled(dataflow(200, sequential(stages), rows))[1] == sum(times)
         assert settled(dataflow(200, pipelined(stages), rows, intake="paced")) == (max(1, max(times)), sum(times))
-        full = dataflow(200, pipelined(stages), rows)  # where stages are slow, four frames are inside, one per stage
+        # where stages are slow, four frames are inside, one per stage, or only as many as full speed needs: 8 / 3
+        full = dataflow(200, pipelined(stages), rows, max_in_flight=4)
         assert settled(full) == (max(1, max(times)), sum(times) if unit < 1 else 4 * max(times))
+        enough = dataflow(200, pipelined(stages), rows)
+        assert settled(enough) == (max(1, max(times)), sum(times) if unit < 1 else 3 * max(times))
         assert full.busy_shares(full.stage_busy)[2] == pytest.approx(float(max(times) / max(1, max(times))), abs=0.05)
         groups = semi_parallel(stages, groups=[3, 1])  # 6 and 2 of 8
         even = semi_parallel(stages, groups=[2, 2])  # 3 and 5
@@ -180,6 +183,39 @@ def test_periods_and_latencies_of_the_wirings() -> None:
             assert len(dataflow(400, groups, rows, num_workers=2).works) <= 101
     ready = [w.ready for w in dataflow(300, even, repeat((2, 1, 1, 2)), num_workers=2).works]
     assert ready[60] - ready[20] == 40 * 3  # the larger group's sum
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_more_frames_are_inside_than_full_speed_needs(seed: int) -> None:
+    """A camera that is faster than any stage: as many answers as with all the room, and none that waited longer than
+    the rounding up to whole frames makes it."""
+    chance = random.Random(seed)
+    times = tuple(Fraction(chance.randint(2, 12), 2) for _ in range(chance.randint(2, 7)))
+    circuit = pipelined(row_of(len(times)))
+    for num_workers in (None, 2):
+        every = max(max(times), sum(times) / (num_workers or len(times)))
+        free = dataflow(600, circuit, repeat(times), num_workers=num_workers)
+        full = dataflow(600, circuit, repeat(times), num_workers=num_workers, max_in_flight=num_workers or len(times))
+        assert len(free.works) >= len(full.works) - len(times)  # less what was inside before the times were known
+        inside = [sum(w.start <= each.start < w.ready for w in free.works) for each in free.works[30:-10]]
+        assert max(inside) <= math.ceil(sum(times) / every)
+        if num_workers is None:
+            assert settled(free)[1] < sum(times) + every
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_times_that_vary_leave_room(seed: int) -> None:
+    """Between a sixth and a whole frame, anew for every stage and frame, and one hiccup of ten frames: of those that
+    the engine answers with all the room, hardly one is lost."""
+    circuit = pipelined(row_of(5))
+
+    def rows() -> Iterator[tuple[Fraction, ...]]:
+        for n, row in enumerate(draws(seed, 5, most=6)):
+            yield row if n != 100 else (*row[:2], Fraction(10), *row[3:])
+
+    full = dataflow(400, circuit, rows(), max_in_flight=5)
+    free = dataflow(400, circuit, rows())
+    assert len(free.works) >= 0.97 * len(full.works)
 
 
 def test_the_parallel_wiring_answers_as_soon_as_the_newest_way_is_through() -> None:
