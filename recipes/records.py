@@ -135,7 +135,9 @@ def draw_curves(
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
-    axes[0][-1].legend(fontsize=8)
+    named = axes[0][-1:] if len({tuple(variants) for variants in panels.values()}) == 1 else axes[0]
+    for axis in named:  # once where all panels have the same lines
+        axis.legend(fontsize=8)
     figure.tight_layout()
     with write_beside(path) as part:
         figure.savefig(part, dpi=110, format="png")
