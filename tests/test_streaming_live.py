@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from sidestream.circuit.build_stages import stages_of
 from sidestream.circuit.net_stages import net_circuit
+from sidestream.circuit.wiring import pipelined
 from sidestream.data import open_dataset
+from sidestream.engine import run
 from sidestream.evals.streaming import Answer, FrameTruth, Pair, Points, pair, run_offline
 from sidestream.evals.streaming.judge import points_answer
 from sidestream.evals.streaming.labelled import LabelledClip, labelled_clips
@@ -202,6 +206,41 @@ def test_work_before_the_clip_is_not_counted(live: ModuleType) -> None:
     assert booked.shares(2) == pytest.approx([0.5, 0.5])
     assert booked.shares(2, 2.0) == pytest.approx([0.5, 0.25])  # from 12 to 14
     assert booked.shares(3, 9.0) == [0.0] * 3
+
+
+def test_on_a_gpu_every_thread_has_a_stream_and_waits_for_its_stage(
+    live: ModuleType, nets: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for the streams: the maps are not read, and the next stage not begun, before their kernels end."""
+    seen: list[tuple[str, int]] = []
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            assert device.type == "cuda"
+            self.thread = threading.get_ident()
+
+        def __enter__(self) -> None:
+            seen.append(("begin", self.thread))
+
+        def __exit__(self, *exc: object) -> None:
+            seen.append(("end", self.thread))
+
+        def synchronize(self) -> None:
+            seen.append(("wait", self.thread))
+            assert self.thread == threading.get_ident()
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    modules = [torch.nn.Identity() for _ in range(3)]
+    circuit = pipelined(stages_of(modules, torch.zeros(1, 1, 1, 1)))
+    frames = [torch.full((1, 1, 1, 1), float(n)) for n in range(20)]
+    outputs = list(run(circuit, frames, executor="threads", num_threads=2, rule=live.Booked("cuda")))
+    assert [int(out.value) for out in outputs] == list(range(20))
+    for thread in {thread for _, thread in seen}:
+        own = [what for what, each in seen if each == thread]
+        assert own == ["begin", "wait", "end"] * (len(own) // 3)
+    assert len({thread for _, thread in seen}) == 2
+    assert len(seen) >= 3 * 60
 
 
 def test_clips_are_of_many_classes_and_the_few_are_among_the_many(

@@ -2,7 +2,8 @@
 
     SIDESTREAM_DATA=... OMP_WAIT_POLICY=PASSIVE python benchmarks/streaming/run.py --parts live
 
-Its clips alone last 37 minutes, and it wants a quiet machine.
+Its clips alone last 37 minutes, and it wants a quiet machine. ``--device cuda --out DIR`` runs the stages on a GPU,
+each worker on a stream of its own, and books SM activity (``report.gpu_activity``); never run by us.
 
 Needs the nets of recipes/inception_keypoints.py (seed 0). JHMDB's test clips are shown at ``RATES``; all nets see a
 clip at one rate right after each other, so that what else the machine does meets all of them. A record is one clip,
@@ -22,6 +23,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ from live_nets import (
     led_in,
     nets_of_process,
     num_clips,
+    points_on,
+    prepared_on,
     warm_up,
 )
 
@@ -48,27 +52,41 @@ from sidestream.data import open_dataset
 from sidestream.engine.rules.forward import Forward
 from sidestream.engine.tick import Cell, Message
 from sidestream.evals.streaming import Answer, Pair, counts_of, pair, run_live
-from sidestream.evals.streaming.judge import points_answer
 from sidestream.evals.streaming.labelled import LabelledClip, labelled_clips
+from sidestream.report.gpu_activity import sm_activity
 from sidestream.report.measure import machine
 from sidestream.types import Frame, InputSpec
-from sidestream.video import prepare
 
 PART = "live"
 RATES = (5, 10, 15, 25, 30)
 
 
 class Booked(Forward):
-    """The forward rule, with the time that each thread is at work. One for each run."""
+    """The forward rule, with the time that each thread is at work. One for each run.
 
-    def __init__(self) -> None:
+    On a GPU every thread has a stream, and a stage is done when its kernels are: what it hands on is there.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._device, self._own = torch.device(device), threading.local()
         self._spans: list[tuple[int, float, float]] = []
 
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         begin = time.perf_counter()
-        found = super().fire(cell, messages)
+        with self._on_stream():
+            found = super().fire(cell, messages)
         self._spans.append((threading.get_ident(), begin, time.perf_counter()))
         return found
+
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        if self._device.type == "cpu":
+            yield
+            return
+        stream = self._own.stream = getattr(self._own, "stream", None) or torch.cuda.Stream(self._device)
+        with torch.cuda.stream(stream):
+            yield
+            stream.synchronize()
 
     def shares(self, num_workers: int, after_seconds: float = 0.0) -> list[float]:
         """Per worker, the busiest first, of the time from so long after the first work began until the last ended."""
@@ -87,12 +105,12 @@ class Booked(Forward):
 class Taken:
     """``prepare`` of a run, which notes the frames that were taken up. One for each run."""
 
-    def __init__(self, spec: InputSpec) -> None:
-        self._spec, self.frames = spec, list[int]()
+    def __init__(self, spec: InputSpec, device: str = "cpu") -> None:
+        self._prepared, self.frames = prepared_on(spec, device), list[int]()
 
     def __call__(self, frame: Frame) -> Any:
         self.frames.append(frame.index)
-        return prepare(frame, self._spec)
+        return self._prepared(frame)
 
 
 class Machine:
@@ -113,11 +131,13 @@ class Machine:
         return time.perf_counter(), busy, time.process_time()
 
 
-def measure(quick: bool, known: list[dict[str, Any]], *, nets_folder: Path = NETS_FOLDER) -> Iterator[dict[str, Any]]:
+def measure(
+    quick: bool, known: list[dict[str, Any]], *, nets_folder: Path = NETS_FOLDER, device: str = "cpu"
+) -> Iterator[dict[str, Any]]:
     """A record per rate, clip and net of this process that is not ``known`` (records, or what is in their "case")."""
     torch.set_num_threads(1)
     cases = [record.get("case", record) for record in known]
-    loaded, nets = Loaded(nets_folder), nets_of_process()
+    loaded, nets = Loaded(nets_folder, device), nets_of_process()
     print(f"{POLICY} {'is' if is_passive() else 'is not'} {PASSIVE} here: {'; '.join(nets)}", flush=True)
     dataset = open_dataset("jhmdb", part="test", split=1)
     where = machine()
@@ -133,19 +153,23 @@ def measure(quick: bool, known: list[dict[str, Any]], *, nets_folder: Path = NET
                     warm_up(loaded, nets.values(), clip)
                     is_warm = True
                 circuit, spec = loaded.circuit(net)
-                record = live(circuit, net, clip, spec, offline=loaded.offline(net, clip))
+                record = live(circuit, net, clip, spec, offline=loaded.offline(net, clip), device=device)
                 print(f"{rate} frames/s, {name}, {clip.key}: {record['right']} of {record['num_points']}", flush=True)
                 yield {"part": PART, "case": case, **record, "quick": quick, "machine": where}
 
 
-def live(circuit: Circuit, net: Net, clip: LabelledClip, spec: InputSpec, *, offline: list[Pair]) -> dict[str, Any]:
+def live(
+    circuit: Circuit, net: Net, clip: LabelledClip, spec: InputSpec, *, offline: list[Pair], device: str = "cpu"
+) -> dict[str, Any]:
     """One clip, shown once in real time; what is booked begins where its truth begins."""
     first, start_seconds = clip.truths[0].frame_index, clip.truths[0].pts_seconds
-    rule, taken, state, begun = Booked(), Taken(spec), Machine(), time.perf_counter()
+    rule, taken, state, begun = Booked(device), Taken(spec, device), Machine(), time.perf_counter()
+    if (meter := None if device == "cpu" else sm_activity(torch.device(device).index or 0)) is not None:
+        meter.begin()
     answers = run_live(
         circuit,
         list(clip.frames),
-        answer=points_answer(spec),
+        answer=points_on(spec, device),
         clip=clip.key,
         executor=net.executor,
         judged_frame=net.judged_frame,
@@ -154,6 +178,7 @@ def live(circuit: Circuit, net: Net, clip: LabelledClip, spec: InputSpec, *, off
         rule=rule,
     )
     seconds, (ours, others) = time.perf_counter() - begun, state.cores()
+    activity = None if meter is None else round(meter.share(), 4)
     delay_ticks = information_latency_ticks(circuit) if net.judged_frame == "newest" else 0
     pairs = pair(clip.truths, answers, eta_frames=ETA_FRAMES)
     counts, (num_right, num_points) = counts_of(pairs), right_of(pairs)
@@ -190,6 +215,7 @@ def live(circuit: Circuit, net: Net, clip: LabelledClip, spec: InputSpec, *, off
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", "default"),
         "load_average": round(os.getloadavg()[0], 2),
         "seconds": round(seconds, 2),
+        **({} if device == "cpu" else {"device": device, "sm_activity": activity}),
     }
 
 

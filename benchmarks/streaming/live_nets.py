@@ -7,7 +7,7 @@ and one without runs only that one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from sidestream.errors import InputError
 from sidestream.evals.streaming import Pair, at_rate, pair, run_live, run_offline
 from sidestream.evals.streaming.judge import points_answer
 from sidestream.evals.streaming.labelled import LabelledClip
-from sidestream.evals.streaming.live import JudgedFrame
+from sidestream.evals.streaming.live import JudgedFrame, ToValue
 from sidestream.models import create_model, info_of
 from sidestream.models.info import ModelInfo
-from sidestream.types import InputSpec
+from sidestream.types import Frame, InputSpec
+from sidestream.video import prepare
 
 NETS_FOLDER = Path(__file__).parents[2] / "recipes" / "inception_keypoints" / "runs"
 NUM_CLIPS, NUM_CLIPS_SLOW = 12, 6
@@ -75,34 +76,48 @@ def other_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     return plain if is_passive(environment) else {**plain, POLICY: PASSIVE}
 
 
+def prepared_on(spec: InputSpec, device: str) -> Callable[[Frame], Any]:
+    """``prepare``, and the input on the device."""
+    return lambda frame: prepare(frame, spec).to(device)
+
+
+def points_on(spec: InputSpec, device: str) -> ToValue:
+    """``points_answer`` of maps that lie on the device."""
+    answer = points_answer(spec)
+    return answer if device == "cpu" else lambda output: answer(replace(output, value=output.value.cpu()))
+
+
 class Loaded:
     """The nets with a head of their own, each loaded once, and their offline answers, each made once."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
         self._models: dict[int, tuple[Any, InputSpec]] = {}
         self._offline: dict[tuple[int, str], list[Pair]] = {}
 
     def circuit(self, net: Net) -> tuple[Circuit, InputSpec]:
         model, spec = self._model(net.lag)
-        return net_circuit(model, torch.zeros(1, 3, *spec.size_px), net.wiring), spec
+        return net_circuit(model, torch.zeros(1, 3, *spec.size_px, device=self._device), net.wiring), spec
 
     def offline(self, net: Net, clip: LabelledClip) -> list[Pair]:
         """Each truth with the answer that a machine without end would have given by then."""
         key = net.lag, clip.key
         if key not in self._offline:
             circuit, spec = self.circuit(net)
-            given: dict[str, Any] = {"answer": points_answer(spec), "clip": clip.key, "judged_frame": net.judged_frame}
-            answers = run_offline(circuit, clip.frames, prepare=spec, **given)
+            made: dict[str, Any] = {"answer": points_on(spec, self._device), "prepare": self.prepared(spec)}
+            answers = run_offline(circuit, clip.frames, clip=clip.key, judged_frame=net.judged_frame, **made)
             self._offline[key] = pair(clip.truths, answers, eta_frames=ETA_FRAMES)
         return self._offline[key]
+
+    def prepared(self, spec: InputSpec) -> Callable[[Frame], Any]:
+        return prepared_on(spec, self._device)
 
     def _model(self, lag: int) -> tuple[Any, InputSpec]:
         if lag not in self._models:
             folder = self._folder / f"lag-{lag}-seed-0"
             if not folder.is_dir():
                 raise InputError(f"there is no net in {folder}; make it by recipes/inception_keypoints.py --seeds 0")
-            model = create_model(str(folder)).eval()
+            model = create_model(str(folder)).eval().to(self._device)
             info: ModelInfo = info_of(model)  # type: ignore[assignment]  # create_model hangs one on every model
             self._models[lag] = model, info.input_spec.replace(layout="BCHW", num_frames=1, min_frames=None)
         return self._models[lag]
@@ -135,5 +150,6 @@ def warm_up(loaded: Loaded, nets: Iterable[Net], clip: LabelledClip) -> None:
     for net in nets:
         circuit, spec = loaded.circuit(net)
         few = list(clip.frames[:4])
-        given: dict[str, Any] = {"executor": net.executor, "num_threads": net.num_threads, "prepare": spec}
+        given: dict[str, Any] = {"executor": net.executor, "num_threads": net.num_threads}
+        given["prepare"] = loaded.prepared(spec)
         run_live(circuit, few, answer=points_answer(spec), clip="warm-up", **given)

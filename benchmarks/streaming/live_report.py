@@ -34,11 +34,16 @@ HEADER = (
 
 def live_table(records: Sequence[Record]) -> str:
     """Markdown: a row per rate and net, over all clips that were measured."""
-    lines = ["| " + " | ".join(HEADER) + " |", "| ---: | --- |" + " ---: |" * (len(HEADER) - 2)]
+    has_gpu = any("sm_activity" in r for r in records)
+    header = (*HEADER, "SM activity, %") if has_gpu else HEADER
+    lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for rate in rates_of(records):
         nets = by_net(records, rate)
         for net, own in nets.items():
-            lines.append("| " + " | ".join([f"{rate:g}", net, *row(own, nets.get(BASELINE, []))]) + " |")
+            cells = [f"{rate:g}", net, *row(own, nets.get(BASELINE, []))]
+            shares = [r["sm_activity"] for r in own if r.get("sm_activity") is not None]
+            cells += [f"{100 * statistics.mean(shares):.0f}" if shares else "-"] if has_gpu else []
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -65,7 +65,7 @@ def live_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[
     if not given.one_process:
         run_other_process(given)
     try:
-        yield from measure(given.quick, known, nets_folder=given.nets)
+        yield from measure(given.quick, known, nets_folder=given.nets, device=given.device)
     except InputError as error:
         print(f"the part live ended: {error}")
 
@@ -75,7 +75,7 @@ def run_other_process(given: argparse.Namespace) -> None:
     from live_nets import other_environment
 
     options = ["--parts", "live", "--one-process", "--out", str(given.out), "--nets", str(given.nets)]
-    options += ["--quick"] if given.quick else []
+    options += ["--device", given.device, *(["--quick"] if given.quick else [])]
     done = subprocess.run([sys.executable, __file__, *options], env=other_environment(), check=False)
     if done.returncode:
         print(f"the part live: the process with the other OMP_WAIT_POLICY ended with {done.returncode}")
@@ -97,6 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of runs of recipes/predictive_keypoints")
     parser.add_argument("--nets", type=Path, default=NETS, help="folder of nets of recipes/inception_keypoints")
+    parser.add_argument("--device", default="cpu", help="of the part live: cpu, or cuda (with --out)")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--out", type=Path, default=HERE)
@@ -104,6 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.quick and given.out == HERE:
         parser.error("--quick would mix its records with those that are kept here; give another folder (--out)")
+    if given.device != "cpu" and given.out == HERE:
+        parser.error(f"--device {given.device} would mix its records with the CPU's; give another folder (--out)")
     given.out.mkdir(exist_ok=True, parents=True)
     path = given.out / "results.jsonl"
     where = machine()
