@@ -4,10 +4,10 @@
     SIDESTREAM_DATA=... python benchmarks/streaming/run.py --quick --out DIR  # a look at every part, small
     python benchmarks/streaming/run.py --report                               # tables and pictures from the records
 
-Parts: timing (a simulated device on an endless stream), accuracy (JHMDB on it, with the weights of
-recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic (moving shapes at growing speed;
-trains its own nets, into runs/), control (live's net and clips, without a clock), live (real time on this machine, in
-two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without weights is left out.
+Parts: timing (a simulated device on an endless stream), overload (the same, under a camera that is too fast), accuracy
+(JHMDB on it, with the weights of recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic
+(moving shapes at growing speed; trains its own nets, into runs/), control (live's net and clips, without a clock), live
+(real time on this machine, in two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without weights is left out.
 """
 
 from __future__ import annotations
@@ -35,6 +35,12 @@ def timing_part(given: argparse.Namespace, device: Any, known: Known) -> Iterato
     from simulated import timing
 
     yield from timing(device, known)
+
+
+def overload_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from simulated import overload
+
+    yield from overload(device, known)
 
 
 def accuracy_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
@@ -83,12 +89,13 @@ def run_other_process(given: argparse.Namespace) -> None:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Any, Known], Iterator[Record]]] = {
     "timing": timing_part,
+    "overload": overload_part,
     "accuracy": accuracy_part,
     "synthetic": synthetic_part,
     "control": control_part,
     "live": live_part,
 }
-ON_THE_DEVICE = ("timing", "accuracy", "synthetic")
+ON_THE_DEVICE = ("timing", "overload", "accuracy", "synthetic")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -29,6 +29,7 @@ NET_SECONDS = 0.1
 NUM_TIMED, NUM_JOINTS = 205, 15
 NUM_BINS = 4
 STREAM_FRAMES = 400
+OVERLOAD_RATE = 60.0
 
 
 def profile() -> Record:
@@ -69,6 +70,25 @@ def timing(device: Device, known: Sequence[Record]) -> Iterator[Record]:
                 "in_use_ms": _milliseconds(reactions(flow, ticks[0], waits=NETS[name].judged_frame == "newest"), rate),
                 "answer_ms": _milliseconds(reactions(flow, ticks[1]), rate),
                 "busy": [round(share, 4) for share in flow.busy_shares(flow.stage_busy)],
+            }
+
+
+def overload(device: Device, known: Sequence[Record]) -> Iterator[Record]:
+    """A camera faster than the slowest stage: a frame inside for every worker, or as the engine does it."""
+    circuit = circuit_of(load(None, "", NUM_JOINTS), "pipelined")
+    for name, most in (("a frame per worker", circuit.num_stages), ("as many as full speed needs", None)):
+        case = {"inside": name, "frame_rate": OVERLOAD_RATE}
+        if case not in known:
+            rows = device.profile.draw_rows(OVERLOAD_RATE, seed=0)
+            flow = dataflow(2 * STREAM_FRAMES, circuit, rows, max_in_flight=most)
+            taken = dict(zip(flow.frames, flow.taken, strict=True))
+            yield {
+                "case": case,
+                "answers_per_s": OVERLOAD_RATE * _per_frame([a.ready for a in flow.answers]),
+                "latency_ms": _milliseconds([float(a.ready) - a.frame_index for a in flow.answers], OVERLOAD_RATE),
+                "inside_ms": _milliseconds(
+                    [float(a.ready - taken[a.frame_index]) for a in flow.answers], OVERLOAD_RATE
+                ),
             }
 
 

@@ -34,7 +34,13 @@ def write_all(records: Records, folder: Path) -> str:
     from plot import draw
 
     points = {study: points_of(records, study) for study in STUDIES}
-    parts = [device(records), *(accuracy(points[s], s) for s in STUDIES), starts(records), gap_text(points)]
+    parts = [
+        device(records),
+        overload(records),
+        *(accuracy(points[s], s) for s in STUDIES),
+        starts(records),
+        gap_text(points),
+    ]
     text = "\n".join(part for part in (*parts, control(records), live(records, folder)) if part)
     write_text(folder / "table.md", text)
     _put_into(folder / "README.md", text)
@@ -174,6 +180,24 @@ def device(records: Records) -> str:
     stages = [f"stage {n}" for n in range(1, max((len(row) for row in busy), default=2) - 1)]
     texts.append(markdown_table([f"workers busy at {rates[-1]:g} frames/s, %", *stages, "mean"], busy))
     return "### The device\n\n" + "\n".join(texts)
+
+
+def overload(records: Records) -> str:
+    """How many frames are let in, where the camera is faster than the slowest stage."""
+    some = of(records, "overload")
+    if not some:
+        return ""
+    rows = [
+        [
+            r["case"]["inside"],
+            f"{r['answers_per_s']:.1f}",
+            *(f"{r[name][0]:.0f} / {r[name][1]:.0f}" for name in ("inside_ms", "latency_ms")),
+        ]
+        for r in some
+    ]
+    rate = some[0]["case"]["frame_rate"]
+    header = ["frames inside", "answers/s", "from being taken up to the answer, ms p50 / p95", "from its arrival, ms"]
+    return f"### Pipelined, under a camera of {rate:g} frames/s\n\n" + markdown_table(header, rows)
 
 
 def _profile(records: Records) -> str:
