@@ -7,7 +7,8 @@
 Parts: timing (a simulated device on an endless stream), overload (the same, under a camera that is too fast), accuracy
 (JHMDB on it, with the weights of recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic
 (moving shapes at growing speed; trains its own nets, into runs/), control (live's net and clips, without a clock), live
-(real time on this machine, in two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without weights is left out.
+(real time on this machine, in two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without
+weights is left out.
 """
 
 from __future__ import annotations
