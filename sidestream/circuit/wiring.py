@@ -135,7 +135,7 @@ def _groups(stages: Stages, groups: int | Sequence[int]) -> list[int]:
     K = len(stages)
     if isinstance(groups, int):
         if not 1 <= groups <= K:
-            raise CircuitError(f"groups={groups} for {K} stages; expected 1..{K}")
+            raise CircuitError(f"groups={groups} for {K} stage{'s' * (K > 1)}; expected 1..{K}")
         costs = [s.cost_seconds if s.cost_seconds is not None else 1.0 for s in stages]
         boundaries = partition(costs, groups)
         return [sum(number >= b for b in boundaries) for number in range(K)]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import json as json_module
 from pathlib import Path
 from typing import Any, Literal
 
-from sidestream.cli.evaluate_film import check_video, evaluation_film
+from sidestream.cli.evaluate_film import evaluation_film
+from sidestream.cli.evaluate_flags import check_flags
 from sidestream.cli.evaluate_table import dataset_joints, joint_fields, show
-from sidestream.errors import InputError
+from sidestream.errors import InputError, WriteError
 
+LEAST_FIGURE = 0.01
+"""Of an offline figure below this no share is taken."""
 FRAMES_OF_FRAME_MODELS = 8
 """Frames of a clip, of which a frame model reads each by itself and the logits are averaged."""
 
@@ -50,12 +54,13 @@ def evaluate(
     Offline (the default), each clip has one answer. With --streaming the clips are replayed at the camera's rate and
     the model answers as fast as it can; for every frame the latest answer that was ready by then counts, and beside it
     stands the accuracy of the same model if it took no time. With --runtime-ms or --profile the device is simulated,
-    so that the result can be had again. With --log and --truth a log of an earlier run (--out) is scored.
+    so that the result can be had again. With --log and --truth a log of an earlier run (--out) is scored. A flag that
+    is not read in one of these cases is refused there.
 
     Args:
         data: a folder, a .csv, or jhmdb, weizmann, synthetic, synthetic_shapes, synthetic_both.
         model: a name from `sidestream models`, or the folder of a saved model.
-        weights: default (the library's own), random, or a local .safetensors / .pt file.
+        weights: default (the library's own), random (by --seed), or a local .safetensors / .pt file.
         head: classes (one per clip), or keypoints (JHMDB's joints, or the synthetic sets' points).
         streaming: judge the model live.
         log: answers of an earlier run, to be scored against --truth.
@@ -66,16 +71,17 @@ def evaluate(
         frame_rate: of the camera: frames are shown at this rate, whatever their recorded times.
         eta: ask for each frame's truth so many frame times before it comes; -1 asks when the next one does.
         forecast: move answers on to the moment for which they are asked, at constant velocity (keypoints and boxes).
-        predictive: an answer speaks of the newest frame of its tick (a net trained to predict), not of an older one.
+        predictive: an answer speaks of the newest frame of its tick (a net trained to predict), not of an older one;
+            for circuits whose answers are older.
         stages: number of stages that the model is cut into (default: 1; par_densenet, par_inception: their own, as
             trained by `sidestream train --rule unrolled`).
         wiring: sequential, pipelined, parallel, or semi-parallel:G.
-        executor: auto, threads, sequential, frame-parallel, or inline.
-        runtime_ms: simulated time for a frame in milliseconds, or one for each stage.
+        executor: live: auto, threads, sequential, frame-parallel, or inline.
+        runtime_ms: simulated time for a frame in milliseconds, or one time for each stage.
         profile: recorded runtimes to draw from (RuntimeProfile.write).
         policy: of the simulated device: idle-free, idle-next, shrinking-tail, half-tail, half-next-tail, or unlimited
             (a device for every frame).
-        seed: of the simulated runtimes.
+        seed: of random weights, and of the simulated runtimes.
         max_clips: take so many clips, evenly spread.
         split: of a data set by name: jhmdb 1, 2 or 3; weizmann the held-out actors, such as daria,eli.
         root: folder that holds the data sets by name (default: the environment variable SIDESTREAM_DATA).
@@ -83,15 +89,11 @@ def evaluate(
         size: height and width of the frames in pixels (default: the model's own).
         frame_step: distance of a clip's frames in the video (default: the model's own).
         batch_size: clips of a batch, offline.
-        threads: worker threads (default: all cores).
+        threads: worker threads, live (default: all cores).
     """
     given = dict(locals())
-    if (log is None) != (truth is None):
-        raise InputError("--log and --truth belong together; give both, or neither")
-    check_video(given)
+    check_flags(given, {name: each.default for name, each in inspect.signature(evaluate).parameters.items()})
     if log is not None and truth is not None:
-        if data is not None or model is not None:
-            raise InputError("--log scores an earlier run; leave out --data and --model")
         result = _score_log(log, truth, eta=eta, forecast=forecast)
     else:
         result = _evaluate_model(given)
@@ -104,10 +106,12 @@ def evaluate(
 
 
 def _score_log(log: Path, truth: Path, *, eta: float, forecast: bool) -> dict[str, Any]:
-    from sidestream.evals.streaming import pair_same_frames, read_answers, read_truth
+    from sidestream.evals.streaming import Boxes, Points, pair_same_frames, read_answers, read_truth
 
     answers, about = read_answers(log)
     truths, about_truth = read_truth(truth)
+    if forecast and truths and not isinstance(truths[0].value, Points | Boxes):
+        raise InputError(f"--forecast moves points and boxes, which {log} does not hold; leave it out")
     same = [p for p in pair_same_frames(truths, answers) if p.answer is not None]
     pairs = {"offline (answered frames)": same} if same else {}
     pairs |= _live_pairs(truths, answers, eta=eta, forecast=forecast)
@@ -133,7 +137,8 @@ def _scores(
     name, ceiling = main_figure(next(iter(found.values())))
     live: dict[str, Any] = {}
     if "streaming" in found:
-        is_known = ceiling > 0 and "streaming" not in next(iter(found))  # a log may have no answer to its own frames
+        is_known = "streaming" not in next(iter(found))  # a log may have no answer to its own frames
+        is_known &= ceiling >= LEAST_FIGURE
         live = {"eta": eta, "share_kept": found["streaming"][name] / ceiling if is_known else None}
     return {"metric": name, **live, "scores": found, **joint_fields(found, joints)}
 
@@ -143,9 +148,6 @@ def _evaluate_model(given: dict[str, Any]) -> dict[str, Any]:
     from sidestream.evals.streaming import pair
     from sidestream.report import machine
 
-    missing = [f"--{name}" for name in ("data", "model") if given[name] is None]
-    if missing:
-        raise InputError(f"{', '.join(missing)} missing; give --data and --model, or --log and --truth")
     plain = {n: str(v) if isinstance(v, Path) else v for n, v in given.items() if n not in ("json", "out", "video")}
     head: dict[str, Any] = {"options": plain, "machine": machine()}
     if not given["streaming"] and given["head"] == "classes":
@@ -182,7 +184,10 @@ def _write(given: dict[str, Any], judged: Any, about: dict[str, Any]) -> None:
     from sidestream.evals.streaming import write_answers, write_truth
 
     folder: Path = given["out"]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WriteError(f"--out {folder}: cannot be made ({error.strerror}); give another folder") from error
     of_truth = {name: about[name] for name in ("joints",) if name in about}
     write_truth(folder / "truth.jsonl", judged.truths, about={"data": given["data"], **of_truth})
     write_answers(folder / "offline.jsonl", judged.offline, about=about)

@@ -98,7 +98,8 @@ def _text(judged: Pair, title: str) -> dict[str, str]:
     found, index = frame_pck(judged), judged.truth.frame_index
     age = "none yet"
     if judged.answer is not None:
-        age = f"of frame {judged.answer.frame_index}, {index - judged.answer.frame_index} frames old"
+        num_frames = index - judged.answer.frame_index
+        age = f"of frame {judged.answer.frame_index}, {num_frames} frame{'s' * (num_frames != 1)} old"
     shares = {f"PCK@{alpha:g}": f"{each.share:.2f}" for alpha, each in found.items()}
     return {
         f"frame {index}": judged.truth.clip,

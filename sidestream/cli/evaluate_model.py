@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from sidestream.cli.evaluate import FRAMES_OF_FRAME_MODELS
-from sidestream.errors import InputError
+from sidestream.cli.evaluate_flags import check_num_outputs
+from sidestream.errors import CutError, InputError, LayoutError, WeightsError
 from sidestream.types import InputSpec
 
 
@@ -20,11 +21,14 @@ def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
     dataset = open_dataset(
         given["data"], part="test", split=given["split"], root=given["root"], spec=spec, options=ClipOptions()
     )
+    most, records = given["max_clips"], dataset.records
+    if most is not None and most < len(records):
+        dataset.records = tuple(records[n * len(records) // most] for n in range(most))
     net = Answering(_model(given, dataset.num_classes))
     loader = Loader(dataset, batch_size=given["batch_size"])
     clip_BTCHW = next(loader.batches(0)).clip_BTCHW[:1]
     check = ClassTask().check_answers
-    check_model(net, clip_BTCHW, lambda name, answers: check(name, answers, clip_BTCHW, dataset.num_classes))
+    check_model(net, clip_BTCHW, lambda _, answers: check(given["model"], answers, clip_BTCHW, dataset.num_classes))
     found = evaluate(net, loader.batches(0))
     per_class = {dataset.class_names[label]: list(counts) for label, counts in found.per_class.items()}
     return {
@@ -40,13 +44,12 @@ def evaluate_offline(given: dict[str, Any]) -> dict[str, Any]:
 
 def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Every frame of the test clips, offline and (with --streaming) live; and what the circuit is."""
-    from sidestream.circuit.ages import latency_ticks
+    from sidestream.circuit.ages import latency_ticks, look_ahead_ticks
     from sidestream.data import open_dataset
     from sidestream.evals.streaming.judge import classes_answer, judge, points_answer
     from sidestream.evals.streaming.labelled import labelled_clips, num_points
     from sidestream.models import info_of
 
-    _check(given)
     device = _device(given)
     spec = spec_of(given)
     dataset = open_dataset(given["data"], part="test", split=given["split"], root=given["root"], spec=spec)
@@ -55,6 +58,14 @@ def evaluate_streaming(given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     info = info_of(net)
     assert info is not None  # create_model hangs one on every model
     circuit, spec = _circuit(given, net, info, spec)
+    if given["predictive"] and latency_ticks(circuit) + look_ahead_ticks(circuit) == 0:
+        raise InputError(
+            f"--predictive: no answer of this circuit is older than its frame (--wiring {circuit.wiring}, "
+            f"stages: {circuit.num_stages}), so nothing has to predict; leave it out, or give --stages 2 or more and "
+            "--wiring parallel"
+        )
+    if device is not None:
+        device.schedule(circuit, 1, 0)  # refuses runtimes that do not fit before the work
     clips = labelled_clips(dataset, given["head"], frame_rate=given["frame_rate"], max_clips=given["max_clips"])
     judged = judge(
         circuit,
@@ -96,18 +107,30 @@ def _circuit(given: dict[str, Any], net: Any, info: Any, spec: InputSpec) -> tup
     if info.input_spec.layout == "BTCHW":
         net, info = net_on_stream(net, _with_spec(info, spec))
         spec = info.input_spec
-    return wire(cut(net.eval(), example, num_stages=given["stages"] or 1), given["wiring"]), spec
+    try:
+        stages = cut(net.eval(), example, num_stages=given["stages"] or 1)
+    except CutError as error:
+        if isinstance(error.__cause__, LayoutError):  # frames that the net does not take
+            raise error.__cause__ from None
+        raise
+    return wire(stages, given["wiring"]), spec
 
 
 def _model(given: dict[str, Any], num_outputs: int) -> Any:
     from sidestream.models import create_model
+    from sidestream.train.hardware import seed_all
 
-    return create_model(
-        given["model"],
-        num_classes=num_outputs,
-        weights=None if given["weights"] == "random" else given["weights"],
-        head=given["head"],
-    )
+    check_num_outputs(given, num_outputs)
+    seed_all(given["seed"])  # of random weights
+    try:
+        return create_model(
+            given["model"],
+            num_classes=num_outputs,
+            weights=None if given["weights"] == "random" else given["weights"],
+            head=given["head"],
+        )
+    except WeightsError as error:
+        raise WeightsError(f"{given['model']}: {error}") from error
 
 
 def spec_of(given: dict[str, Any]) -> InputSpec:
@@ -145,13 +168,8 @@ def _with_spec(info: Any, spec: InputSpec) -> Any:
 
 def _device(given: dict[str, Any]) -> Any:
     from sidestream.evals.streaming.runtimes import RuntimeProfile
-    from sidestream.evals.streaming.schedule import POLICIES
-    from sidestream.evals.streaming.simulated import UNLIMITED, SimulatedDevice, constant_profile
+    from sidestream.evals.streaming.simulated import SimulatedDevice, constant_profile
 
-    if given["runtime_ms"] and given["profile"] is not None:
-        raise InputError("--runtime-ms and --profile were given; simulate one device, so leave one of them out")
-    if given["policy"] not in (*POLICIES, UNLIMITED):
-        raise InputError(f"unknown policy {given['policy']!r}; expected one of {', '.join((*POLICIES, UNLIMITED))}")
     if given["runtime_ms"]:
         found = constant_profile(given["runtime_ms"])
     elif given["profile"] is not None:
@@ -159,12 +177,3 @@ def _device(given: dict[str, Any]) -> Any:
     else:
         return None
     return SimulatedDevice(found, given["frame_rate"], policy=given["policy"], seed=given["seed"])
-
-
-def _check(given: dict[str, Any]) -> None:
-    if not given["frame_rate"] > 0:
-        raise InputError(f"--frame-rate {given['frame_rate']}; give frames per second above 0")
-    if given["stages"] is not None and given["stages"] < 1:
-        raise InputError(f"--stages {given['stages']}; give 1 or more")
-    if given["max_clips"] is not None and given["max_clips"] < 1:
-        raise InputError(f"--max-clips {given['max_clips']}; give 1 or more")

@@ -7,6 +7,9 @@ from typing import Any
 
 PCK_SIZE = "max(height, width) of the box around the frame's labelled joints"
 """What a distance is divided by."""
+LEGEND = """\
+in time: frames judged by their own answer; miss: by none, since it was before the first
+behind: by how many frames the answer is older than the frame, on average over the others"""
 
 
 def dataset_joints(given: dict[str, Any]) -> tuple[str, ...]:
@@ -63,19 +66,25 @@ def show(result: dict[str, Any]) -> None:
     if "scores" not in result:
         print(f"{result['metric']} {result['accuracy']:.4f} ({result['num_correct']} of {result['num_records']} clips)")
         return
-    name, columns = result["metric"], ("num_frames", "in_time", "miss", "mismatch")
+    name, columns = result["metric"], ("num_frames", "in_time", "miss")
     rows = [
-        (title, f"{found[name]:.4f}", *(found[each] for each in columns)) for title, found in result["scores"].items()
+        (title, f"{found[name]:.4f}", *(found[each] for each in columns), f"{found['mean_mismatch']:.2f}")
+        for title, found in result["scores"].items()
     ]
-    print(markdown_table(("", name, "frames", "in time", "miss", "mismatch"), rows), end="")
+    print(markdown_table(("", name, "frames", "in time", "miss", "behind"), rows), end="")
+    if "share_kept" in result:
+        print(LEGEND)
     if "joints" in result:
         print("\n" + joint_table(result["joints"], result["scores"]), end="")
         print(f"PCK@a: at most a x {PCK_SIZE} away")
     if (latency := result.get("latency_seconds")) is not None:
         how = "simulated" if result["is_simulated"] else "on this machine"
         print(f"{result['num_answers']} answers, median latency {1e3 * latency['p50']:.1f} ms, {how}")
+    first = next(iter(result["scores"]))
     if result.get("share_kept") is not None:
         print(f"judged live, {100 * result['share_kept']:.1f} % of the offline figure is kept")
+    elif "share_kept" in result and first.startswith("offline"):
+        print(f"offline {100 * result['scores'][first][name]:.1f} %: too little to take a share of")
     if "video" in result:
         print(f"look at: {result['video']}")
 

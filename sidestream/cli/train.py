@@ -47,7 +47,7 @@ def train(
     precision: Literal["no", "bf16", "fp16"] = "no",
     device: Literal["auto", "cpu"] = "auto",
     patience: int | None = None,
-    weights: str = "random",
+    weights: str | None = None,
     split: str | None = None,
     root: Path | None = None,
     crop: bool = False,
@@ -72,7 +72,7 @@ def train(
     Args:
         data: a folder, a .csv (path,label[,start_seconds,end_seconds][,split]), or jhmdb, weizmann, synthetic,
             synthetic_shapes, synthetic_both.
-        model: a name from `sidestream models`.
+        model: a name from `sidestream models`, or the folder of a saved model, whose weights are what it starts from.
         out: folder of the new run.
         resume: folder of a run to go on with; everything else is taken from it.
         num_frames: frames of a clip (default: the model's own).
@@ -111,7 +111,7 @@ def train(
         precision: no (float32), bf16 or fp16.
         device: auto (a GPU where there is one) or cpu.
         patience: stop after so many epochs without a better test score.
-        weights: to start from: random, default (the library's own), or a file.
+        weights: to start from: random (as without this), default (the library's own), or a file.
         split: of a data set by name: jhmdb 1, 2 or 3; weizmann the held-out actors, such as daria,eli.
         root: folder that holds the data sets by name (default: the environment variable SIDESTREAM_DATA).
         crop: train on random crops.
@@ -170,15 +170,16 @@ def _run(out: Path, options: dict[str, Any], *, is_resumed: bool) -> int:
     config = TrainConfig(**chosen)
     rule_by_name(config.rule)
     RunFolder(out, resume=is_resumed)  # refuses before the work
-    train_data, test_data = _data(options)
+    info = _info(options["model"], options["weights"])
+    train_data, test_data = _data(options, info.input_spec)
     seed_all(config.seed)
-    given = None if options["weights"] == "random" else options["weights"]
-    net = _model(options["model"], config.task, train_data, given)
+    net = _model(options["model"], info, config.task, train_data, options["weights"])
     plain = {name: str(v) if isinstance(v, Path) else v for name, v in options.items() if name not in ("resume", "out")}
     result = fit(net, train_data, test_data, config=config, out=out, resume=is_resumed, about={"command": plain})
     scores = _final_scores(result.test_scores)
     skipped = f", {len(result.skipped)} unreadable clips skipped" if result.skipped else ""
-    print(f"{options['model']} on {options['data']}: {result.num_epochs} epochs{scores}{skipped}; {out}")
+    epochs = f"{result.num_epochs} epoch{'s' * (result.num_epochs != 1)}"
+    print(f"{options['model']} on {options['data']}: {epochs}{scores}{skipped}; {out}")
     return 0
 
 
@@ -206,27 +207,46 @@ def _number(name: str, value: float) -> str:
     return f"{value:.{digits}f}{unit}"
 
 
-def _model(name: str, task: str, data: Any, weights: str | None) -> Any:
-    """A model by name, with a head for the task."""
-    from sidestream.models import create_model, model_info
+def _info(name: str, weights: str | None) -> Any:
+    """Of a name, or of a saved model's folder, which has weights of its own."""
+    from sidestream.models import info_of
+    from sidestream.models.create import is_saved, model_info
+    from sidestream.models.pretrained import from_pretrained
 
-    if task in ("clip", "frame") and model_info(name).task in TASKS_OF:
-        answers, tasks = model_info(name).task, TASKS_OF[model_info(name).task]
-        raise InputError(f"{name} answers {answers}, not classes; give --task {' or '.join(tasks)}")
-
-    if task == "keypoints":
-        return create_model(name, num_classes=len(data.points.names), weights=weights, head="keypoints")
-    return create_model(name, num_classes=data.num_classes if task in ("clip", "frame") else None, weights=weights)
+    if not is_saved(name):
+        return model_info(name)
+    if weights is not None:
+        raise InputError(f"{name} has weights of its own, but --weights {weights} was given; leave one of them out")
+    return info_of(from_pretrained(name))
 
 
-def _data(options: dict[str, Any]) -> tuple[Any, Any]:
-    """Both parts, as the model wants its clips."""
+def _model(name: str, info: Any, task: str, data: Any, weights: str | None) -> Any:
+    """A model by name, with a head for the task; or a saved one, whose head must be of that kind already."""
+    from sidestream.models import create_model
+    from sidestream.models.create import is_saved
+
+    if task in ("clip", "frame") and info.task in TASKS_OF:
+        raise InputError(f"{name} answers {info.task}, not classes; give --task {' or '.join(TASKS_OF[info.task])}")
+    kind = "keypoints" if task == "keypoints" else "classes"
+    wanted = None
+    if task in ("clip", "frame", "keypoints"):
+        wanted = len(data.points.names) if task == "keypoints" else data.num_classes
+    if is_saved(name):
+        answers = f"{info.num_classes} {info.task if info.task in ('keypoints', 'masks', 'pictures') else 'classes'}"
+        if wanted is not None and answers != f"{wanted} {kind}":
+            raise InputError(
+                f"{name} answers {answers}, and the data has {wanted} {kind}; give other data or another --task, or "
+                "begin from a model by its name"
+            )
+    return create_model(name, num_classes=wanted, weights=weights, head=kind)  # type: ignore[arg-type]
+
+
+def _data(options: dict[str, Any], own: Any) -> tuple[Any, Any]:
+    """Both parts, as the model wants its clips (``own``: its input spec)."""
     from dataclasses import replace
 
     from sidestream.data import ClipOptions, open_dataset
-    from sidestream.models.create import model_info
 
-    own = model_info(options["model"]).input_spec
     spec = replace(
         own,
         num_frames=_or(options["num_frames"], own.num_frames if own.layout == "BTCHW" else FRAMES_OF_FRAME_MODELS),

@@ -1,18 +1,28 @@
-"""Picks an executor by measuring: a second of the real circuit on the real input, and a sentence that says why."""
+"""Picks an executor by measuring: a second of the real circuit on the real input, and a sentence that says why.
+
+On a busy machine, or with a slow model, a trial that has too few answers after ``LIMIT_SECONDS`` ends with those that
+it has. It has one at least: an answer that is being made cannot be interrupted, so that the trials take up to that
+limit and one answer's time each, however long that is.
+"""
 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from sidestream.circuit.wire import Circuit
+from sidestream.clock import WALL, Clock
 from sidestream.engine.executors.frame_parallel import why_not_frame_parallel
 
-CANDIDATES = ("sequential", "threads", "frame-parallel")
+CANDIDATES = ("threads", "frame-parallel", "sequential")
+"""In the order of the trials: last the one whose operators wait for a core that another program is using."""
+LIMIT_SECONDS = 2.0
+"""When a trial ends that has fewer answers than it should."""
+AT_LEAST = 2
+"""Answers of a trial's warm-up, and answers that count."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +34,8 @@ class Trial:
     latency_seconds: float
     setting: str = ""
     """What else was chosen: back end and number of stages."""
+    too_few: int = 0
+    """Answers that it is judged by, where time was up before there were enough; 0: there were enough."""
 
     @property
     def name(self) -> str:
@@ -46,8 +58,9 @@ def choose(
     *,
     frame_rate: float | None = None,
     seconds: float = 1.0,
+    clock: Clock = WALL,
 ) -> Choice:
-    """Run each candidate on ``item`` for its share of ``seconds`` (four answers at least) and pick.
+    """Run each candidate on ``item`` for its share of ``seconds`` (four answers if ``LIMIT_SECONDS`` allow) and pick.
 
     ``frame_rate``: the rate of a live source. Candidates that keep up with it are ranked by latency; otherwise, and
     where none keeps up, by throughput. ``try_run(executor, items)`` starts a run.
@@ -56,7 +69,7 @@ def choose(
         return Choice("threads", "the model keeps state in its buffers, which trials would change", ())
     excluded = why_not_frame_parallel(circuit)
     names = [name for name in CANDIDATES if name != "frame-parallel" or excluded is None]
-    trials = tuple(measure(name, item, try_run, seconds / len(names)) for name in names)
+    trials = tuple(measure(name, item, try_run, seconds / len(names), clock=clock) for name in names)
     best, why = pick(trials, frame_rate)
     note = "" if excluded is None else f"; frame-parallel left out: {excluded}"
     return Choice(best.executor, f"{why}{note}", trials)
@@ -65,7 +78,7 @@ def choose(
 def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, str]:
     """The best trial and the reason, from plain numbers."""
     measured = ", ".join(
-        f"{t.name} {t.frames_per_second:.1f} frames/s at {t.latency_seconds * 1e3:.0f} ms" for t in trials
+        f"{t.name} {t.frames_per_second:.1f} frames/s at {t.latency_seconds * 1e3:.0f} ms{_basis(t)}" for t in trials
     )
     keeping_up = [t for t in trials if frame_rate is not None and t.frames_per_second >= 1.05 * frame_rate]
     if keeping_up:
@@ -76,20 +89,41 @@ def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, st
     return best, f"{goal} ({measured})"
 
 
-def measure(executor: str, item: Any, try_run: Callable[[str, Iterator[Any]], Iterator[Any]], seconds: float) -> Trial:
-    """Run ``executor`` on the same item over and over: warm up for a quarter of the time, then count for the rest."""
+def _basis(trial: Trial) -> str:
+    return f" by {trial.too_few} answer{'s' * (trial.too_few > 1)} only" if trial.too_few else ""
+
+
+def measure(
+    executor: str,
+    item: Any,
+    try_run: Callable[[str, Iterator[Any]], Iterator[Any]],
+    seconds: float,
+    *,
+    clock: Clock = WALL,
+) -> Trial:
+    """Run ``executor`` on the same item over and over: warm up for a quarter of the time, then count for the rest.
+
+    Two answers at least in either part, unless ``LIMIT_SECONDS`` (or ``seconds``, where that is more) are over after
+    the first one; then all answers count that there are.
+    """
     outputs = try_run(executor, itertools.repeat(item))
-    _until(outputs, time.perf_counter() + 0.25 * seconds, at_least=2)
-    started = time.perf_counter()
-    count, latencies = _until(outputs, started + 0.75 * seconds, at_least=2)
-    elapsed = time.perf_counter() - started
+    began = clock.now()
+    limit = began + max(LIMIT_SECONDS, seconds)
+    warm_up = _until(outputs, began + 0.25 * seconds, limit, clock)
+    started = clock.now()
+    counted = [] if started >= limit else _until(outputs, started + 0.75 * seconds, limit, clock)
+    ended = clock.now()
     if hasattr(outputs, "close"):
         outputs.close()
-    return Trial(executor, count / elapsed, median(latencies))
+    if len(counted) >= AT_LEAST:
+        return Trial(executor, len(counted) / (ended - started), median(counted))
+    latencies = warm_up + counted
+    return Trial(executor, len(latencies) / (ended - began), median(latencies), too_few=len(latencies))
 
 
-def _until(outputs: Iterator[Any], deadline_seconds: float, *, at_least: int) -> tuple[int, list[float]]:
+def _until(outputs: Iterator[Any], deadline: float, limit: float, clock: Clock) -> list[float]:
+    """Latencies of the answers up to ``deadline``; of too few also those up to ``limit``, and of the first always."""
     latencies: list[float] = []
-    while len(latencies) < at_least or time.perf_counter() < deadline_seconds:
+    while not latencies or clock.now() < (deadline if len(latencies) >= AT_LEAST else limit):
         latencies.append(next(outputs).latency_seconds)
-    return len(latencies), latencies
+    return latencies

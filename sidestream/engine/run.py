@@ -143,7 +143,7 @@ def run(
     ``frames``: any iterable of ``Frame``, of tensors BCHW, of tuples of inputs, or of dicts of inputs.
     ``executor``: "inline" (one thread, the oracle), "threads" (stages in parallel, each on a different frame),
     "sequential" (whole model frame by frame, the stages using all intra-op threads), "frame-parallel" (whole model
-    on different frames, stateless circuits only), or "auto" (tries them for a second and picks).
+    on different frames, stateless circuits only), or "auto" (tries them for about a second and picks; see ``auto``).
     ``rule``: what a stage does in a tick; default ``Forward()``. Under a training rule (``Sideways``, ``Exact``)
     ``frames`` holds pairs ``(one of the above, target)``, answers carry their ``loss``, and the executor is "inline"
     or "threads".

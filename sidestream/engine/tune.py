@@ -52,7 +52,7 @@ def tune(
     seconds: float = 1.0,
     on_progress: Callable[[str], None] | None = None,
 ) -> Tuned:
-    """Measure each candidate for ``seconds`` (four answers at least) and pick.
+    """Measure each candidate for ``seconds`` (four answers, if ``auto.LIMIT_SECONDS`` allow) and pick.
 
     ``backends``: names, or "auto" for eager and, where installed, ONNX Runtime and OpenVINO. With "auto" a back end
     that cannot run the model is left out, with a log line; one that was named raises.

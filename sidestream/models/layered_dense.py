@@ -6,31 +6,26 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
-from sidestream.errors import LayoutError
 from sidestream.models.clip_layout import as_stream_of, check_clip
+from sidestream.models.depth_net import FrameCheck
 from sidestream.nn.combine import Chain, PerFrame
 
 
 class LayeredDense(nn.Module):
     """``clip_BTCHW`` -> maps of every frame, (B, T, C', H', W'). Any number of frames from one on.
 
-    ``multiple_px``: of what the height and width of frames must be multiples. Raises ``LayoutError`` for others.
+    ``multiple_px``: of what the height and width of frames must be multiples. Raises ``LayoutError`` for others, on a
+    stream too.
     """
 
     def __init__(self, layers: OrderedDict[str, nn.Module], *, multiple_px: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(layers)
+        self.net = nn.Sequential(OrderedDict(check=FrameCheck(multiple_px, is_dense=True), **layers))
         self.multiple_px = multiple_px
         _initialise(self.net)
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         check_clip("the net", clip_BTCHW)
-        height, width = clip_BTCHW.shape[-2:]
-        if height % self.multiple_px or width % self.multiple_px:
-            raise LayoutError(
-                f"the net was given frames of {height} x {width} px; it takes multiples of {self.multiple_px}, so that "
-                "its maps lie on the pixels: resize or crop them"
-            )
         return PerFrame(self.net)(clip_BTCHW)
 
     answers = forward
@@ -41,7 +36,8 @@ class LayeredDense(nn.Module):
 
     def depth_modules(self) -> list[nn.Module]:
         """One module per layer, which in a row are the net on a frame: the stages of depth-parallel training."""
-        return list(self.net)
+        _, *layers = self.net
+        return layers
 
 
 def conv(before: int, after: int, *, kernel_px: int = 3, stride_px: int = 1, batch_norm: bool = False) -> nn.Sequential:

@@ -113,10 +113,12 @@ def create_saved(
     model = from_pretrained(place)
     own = info_of(model)
     assert own is not None  # from_pretrained hangs one on every model
-    if num_classes not in (None, own.num_classes):
-        raise ModelError(f"{place!r} answers {own.num_classes} classes, but {num_classes=} was given; leave it out")
     if head not in ("classes", head_of(own)):
         raise ModelError(f"{place!r} was saved with the head {head_of(own)!r}, but {head=} was given; leave it out")
+    if num_classes not in (None, own.num_classes):
+        raise ModelError(
+            f"{place!r} answers {own.num_classes} {head_of(own)}, but {num_classes=} was given; leave it out"
+        )
     return attach_info(model, own.with_classes(None, None if labels is None else tuple(labels)))
 
 

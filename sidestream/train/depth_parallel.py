@@ -259,9 +259,11 @@ def check_length(circuit: Circuit, num_frames: int, kind: str, config: TrainConf
         is_direct = config.feedback == "direct"
         least = latency + 2 if is_direct else max(least, ticks_to_learn(circuit, config.loss_delay) - drain)
     if num_frames < least:
+        K = circuit.num_stages
+        need = f"{K} stages need" if K > 1 else "1 stage needs"
         raise InputError(
-            f"a clip of {num_frames} frames is too short for the pipeline: under {kind!r}, {circuit.num_stages} stages "
-            f"need {least} or more ({circuit.wiring}); give longer clips (num_frames), or fewer stages"
+            f"a clip of {num_frames} frame{'s' * (num_frames > 1)} is too short for the pipeline: under {kind!r}, "
+            f"{need} {least} or more ({circuit.wiring}); give longer clips (num_frames), or fewer stages"
         )
 
 

@@ -110,6 +110,11 @@ class Decoder:
         return duration / 1_000_000 if duration and duration > 0 else None
 
     @property
+    def num_frames_stated(self) -> int | None:
+        """What the header says of the number of frames, None where it says nothing. Good for a warning, no more."""
+        return self._stream.frames if self._stream.frames > 0 else None
+
+    @property
     def is_remote_file(self) -> bool:
         """A file behind an http address: it has a length, so its end is no drop-out, and it can be taken up again."""
         return self.name.lower().startswith("http") and self.duration_seconds is not None

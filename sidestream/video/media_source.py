@@ -19,6 +19,8 @@ from sidestream.video.timeline import Timeline
 LOG = logging.getLogger("sidestream.video")
 MAX_BACKOFF_SECONDS = 8.0
 DEFAULT_PERIOD_SECONDS = 1 / 25
+SLACK_FRAMES, SLACK_SHARE = 2, 0.02
+"""A file may hold so many frames fewer than its header says, the larger of both, before it is taken for cut off."""
 
 
 def backoff_seconds(attempt: int, first_seconds: float = 0.5) -> float:
@@ -36,6 +38,7 @@ class MediaSource:
         self._stopped = False
         self._num_corrupt_before = 0
         self._last_raw_seconds: float | None = None
+        self._was_read = False
         self._decoder, self._first, self._rest = open_media(self._name, self._opening)
         is_live = self._kind == "camera" or (self._kind == "network" and not self._decoder.is_remote_file)
         rate = frame_rate or self._decoder.frame_rate
@@ -57,6 +60,7 @@ class MediaSource:
                 index += 1
                 if self._stopped:
                     return
+            self._warn_if_cut_off(index)
             if not self._again():
                 return
 
@@ -91,6 +95,23 @@ class MediaSource:
         self._replace_decoder(open_media(self._name, self._opening))
         self._timeline.restart()
         return True
+
+    def _warn_if_cut_off(self, num_frames: int) -> None:
+        """After the last frame of a file. Both the count of frames and their times must fall short of the header:
+        edit lists leave frames out without an early end, and a broken stretch in the middle is counted elsewhere."""
+        stated, duration = self._decoder.num_frames_stated, self._decoder.duration_seconds
+        was_read_before, self._was_read = self._was_read, True
+        if was_read_before or self._stopped or self._decoder.failure is not None or not stated or not duration:
+            return
+        first, last, rate = self._first.raw_seconds, self._last_raw_seconds, self._decoder.frame_rate
+        if not self._opening.is_path or not Path(self._name).is_file() or first is None or last is None or not rate:
+            return
+        lost_seconds = duration - (last - first + 1 / rate)
+        is_short = stated - num_frames > max(SLACK_FRAMES, SLACK_SHARE * stated)
+        if is_short and lost_seconds > max(SLACK_FRAMES / rate, SLACK_SHARE * duration):
+            LOG.warning(
+                "%s: the file says %d frames, %d could be read; it may be cut off", self._name, stated, num_frames
+            )
 
     def _reconnect(self) -> bool:
         lost_at_seconds = time.monotonic()

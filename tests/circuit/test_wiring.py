@@ -138,3 +138,8 @@ def test_default_phases_let_each_stage_compute_when_frame_0_arrives() -> None:
 def test_wiring_errors_say_what_was_given(make: object, message: str) -> None:
     with pytest.raises(CircuitError, match=message):
         make(random_stages(0, 3))  # type: ignore[operator]
+
+
+def test_one_stage_is_called_one_stage() -> None:
+    with pytest.raises(CircuitError, match=r"groups=2 for 1 stage; expected 1\.\.1"):
+        semi_parallel(random_stages(0, 1, skip_chance=0.0), groups=2)

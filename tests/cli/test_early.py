@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sidestream.cli import main
-from sidestream.cli.early import check_files, check_source
-from sidestream.errors import InputError, ModelError, SourceError, WeightsError
+from sidestream.cli.early import check_files, check_out_file, check_out_folder, check_source
+from sidestream.errors import InputError, ModelError, SourceError, WeightsError, WriteError
 from sidestream.models.create import check_model, list_models
 
 
@@ -66,3 +66,29 @@ def test_a_library_in_the_pattern_lists_only_its_names() -> None:
         assert found
         assert set(found) <= set(everything)
     assert {name.partition("/")[0] for name in list_models("t*/resnet50")} == {"timm", "torchvision"}
+
+
+def test_places_where_nothing_can_be_written_are_refused_and_nothing_is_made(tmp_path: Path) -> None:
+    file = tmp_path / "clip.mp4"
+    file.write_text("kept")
+    check_out_folder("--out", tmp_path)
+    check_out_folder("--out", tmp_path / "a" / "b")
+    check_out_file("--json", tmp_path / "new.json")
+    check_out_file("--json", file)
+    for folder in (file, file / "below"):
+        with pytest.raises(WriteError, match=rf"--out {folder}: {file} is a file; give the name of a folder"):
+            check_out_folder("--out", folder)
+    with pytest.raises(WriteError, match=r"--json .* is a folder; give the name of a file"):
+        check_out_file("--json", tmp_path)
+    with pytest.raises(WriteError, match=rf"there is no folder {tmp_path / 'no'}; make it first"):
+        check_out_file("--json", tmp_path / "no" / "x.json")
+    assert [each.name for each in tmp_path.iterdir()] == ["clip.mp4"]
+    assert file.read_text() == "kept"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_in_which_not_even_root_may_write() -> None:
+    with pytest.raises(WriteError, match=r"--out /proc/x: nothing can be written into /proc"):
+        check_out_folder("--out", Path("/proc/x"))
+    with pytest.raises(WriteError, match=r"--json /proc/x.json: nothing can be written into /proc"):
+        check_out_file("--json", Path("/proc/x.json"))

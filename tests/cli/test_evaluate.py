@@ -25,6 +25,7 @@ from sidestream.evals.streaming import (
 from sidestream.models import create_model
 from sidestream.models.create import model_info
 from sidestream.models.weights import save_weights
+from sidestream.train.hardware import seed_all
 
 FRAMES_PER_CLIP = 12
 """Of the synthetic set: 4 frames of a clip and 8 more."""
@@ -167,11 +168,9 @@ def test_jhmdb_keypoints(data_dir: Path, tmp_path: Path) -> None:
         ([], "--data, --model missing; give --data and --model, or --log and --truth"),
         (["--log", "a.jsonl"], "--log and --truth belong together"),
         (["--log", "a.jsonl", "--truth", "b.jsonl"], "cannot read 'a.jsonl'"),
-        (["--log", "a", "--truth", "b", "--data", "synthetic"], "leave out --data and --model"),
-        ([*LIVE, "--weights", "random", "--policy", "lazy"], "unknown policy 'lazy'; expected one of idle-free"),
+        (["--log", "a", "--truth", "b", "--data", "synthetic"], "--data: nothing reads it where an earlier run is sco"),
         ([*LIVE, "--weights", "random", "--frame-rate", "0"], "--frame-rate 0.0; give frames per second above 0"),
         ([*LIVE, "--weights", "random", "--runtime-ms", "5", "5", "5", "--stages", "2"], "3 stages for a circuit of 2"),
-        ([*LIVE, "--weights", "random", "--runtime-ms", "-5"], "NaN or infinite; give seconds"),
         (["--data", "synthetic", "--model", "no_such"], "unknown model 'no_such'"),
     ],
 )
@@ -180,6 +179,38 @@ def test_wrong_inputs_are_one_line(words: list[str], message: str, capsys: pytes
     error = capsys.readouterr().err.strip()
     assert message in error
     assert error.count("\n") == 0
+
+
+@pytest.mark.parametrize("most", [5, 128, 500])
+def test_offline_clips_are_evenly_spread(most: int, weights: str, tmp_path: Path) -> None:
+    found = evaluated([*SMALL, "--weights", weights, "--max-clips", str(most)], tmp_path)
+    spec = model_info("timm/test_resnet").input_spec.replace(size_px=(32, 32), resize_px=None, num_frames=4)
+    dataset = open_dataset("synthetic", part="test", spec=spec)
+    model = create_model("timm/test_resnet", num_classes=4, weights=weights)
+    chosen = [0, 25, 51, 76, 102] if most == 5 else range(128)
+    with torch.no_grad():
+        right = [int(model(item.clip_TCHW).mean(0).argmax()) == item.label for item in map(dataset.item, chosen)]
+    assert (found["num_correct"], found["num_records"]) == (sum(right), len(right))
+
+
+def test_random_weights_are_those_of_the_seed(tmp_path: Path) -> None:
+    """Twice the same answers, others by another seed; the first ones are of weights that the seed made here."""
+    words = ["--data", "synthetic", "--model", "keypoint_cnn", "--head", "keypoints", "--weights", "random"]
+    words += ["--size", "32", "--num-frames", "2", "--max-clips", "1"]
+    logs = {}
+    for name, more in {"a": [], "b": [], "c": ["--seed", "1"]}.items():
+        evaluated([*words, *more, "--out", str(tmp_path / name)], tmp_path)
+        logs[name] = [a.value.points_P2_px for a in read_answers(tmp_path / name / "offline.jsonl")[0]]  # type: ignore
+        torch.manual_seed(int(torch.randint(99, ())))  # whatever else is drawn in between
+    assert all(a.equal(b) for a, b in zip(logs["a"], logs["b"], strict=True))
+    assert not all(a.equal(c) for a, c in zip(logs["a"], logs["c"], strict=True))
+    seed_all(0)
+    weights = str(
+        save_weights(create_model("keypoint_cnn", num_classes=5, head="keypoints"), tmp_path / "w.safetensors")
+    )
+    evaluated([*words, "--weights", weights, "--out", str(tmp_path / "d")], tmp_path)
+    own = [a.value.points_P2_px for a in read_answers(tmp_path / "d" / "offline.jsonl")[0]]  # type: ignore[union-attr]
+    assert all(a.equal(b) for a, b in zip(logs["a"], own, strict=True))
 
 
 def test_a_log_without_an_answer_to_a_judged_frame_has_no_offline_figure(
@@ -197,3 +228,30 @@ def test_a_log_without_an_answer_to_a_judged_frame_has_no_offline_figure(
     assert found["scores"]["streaming"]["top_1"] == 1.0
     assert found["share_kept"] is None
     assert "is kept" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_right", [1, 2])
+def test_the_table_says_what_its_words_mean(num_right: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """200 frames: the first is missed, the others have the answer of 2 frames before (the second: 1 before)."""
+    truths = [FrameTruth("a", n, n / 10, ClassLabel(1)) for n in range(200)]
+    answers = [
+        Answer("a", n, n / 10, n / 10, (max(1, n + 2) / 10 if n else 0.1), Classes(((int(n < num_right), 1.0),)))
+        for n in range(200)
+    ]
+    write_truth(tmp_path / "truth.jsonl", truths)
+    write_answers(tmp_path / "answers.jsonl", answers)
+    found = evaluated(["--log", str(tmp_path / "answers.jsonl"), "--truth", str(tmp_path / "truth.jsonl")], tmp_path)
+    shown = capsys.readouterr().out
+    row = [cell.strip() for cell in shown.splitlines()[3].strip("|").split("|")]
+    # frame 1: answer 0, 1 behind; frame 2: answer 0; frame n > 2: answer n - 2
+    assert row == ["streaming", f"{(2 + (num_right > 1)) / 200:.4f}", "200", "0", "1", f"{(1 + 198 * 2) / 199:.2f}"]
+    assert found["scores"]["streaming"]["mismatch"] == 1 + 198 * 2
+    for word in ("in time: ", "miss: ", "behind: "):
+        assert word in shown
+    if num_right == 1:  # 1 of 200 offline
+        assert found["share_kept"] is None
+        assert "offline 0.5 %: too little to take a share of" in shown
+        assert "is kept" not in shown
+    else:
+        assert found["share_kept"] == pytest.approx(1.5)
+        assert "150.0 % of the offline figure is kept" in shown

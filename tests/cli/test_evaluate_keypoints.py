@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from sidestream.cli import main
+from sidestream.cli import evaluate_film, main
 from sidestream.cli.evaluate_film import film_picture, frame_pck, write_film
 from sidestream.cli.evaluate_table import joint_fields, joint_table
 from sidestream.data import open_dataset
@@ -75,7 +75,6 @@ def test_a_saved_model_is_evaluated_at_its_own_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("live", [[], LIVE, [*LIVE, "--forecast"]], ids=["offline", "live", "forecast"])
 def test_a_row_per_joint(live: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.manual_seed(1)  # of the random weights
     found = evaluated([*SMALL, "--max-clips", "12", *live], tmp_path)
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
@@ -169,6 +168,11 @@ def test_a_picture_has_the_truth_where_it_is_and_the_answer_where_it_was() -> No
     nothing = film_picture(grey(5), judged_frame(5, answered=None), title="streaming").rgb_HWC[:400].flatten(0, 1)
     assert int((nothing == ORANGE).all(-1).sum()) == 0
     assert int((nothing == BLUE).all(-1).sum()) == num_blue
+
+
+@pytest.mark.parametrize(("answered", "age"), [(5, "0 frames old"), (4, "1 frame old"), (3, "2 frames old")])
+def test_how_old_an_answer_is(answered: int, age: str) -> None:
+    assert evaluate_film._text(judged_frame(5, answered=answered), "x")["answer"] == f"of frame {answered}, {age}"
 
 
 def test_pck_of_a_frame() -> None:

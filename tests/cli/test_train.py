@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from data.video_files import make_folder
 from safetensors.torch import load_file
 
 from sidestream.cli import main
+from sidestream.data import ClipOptions, open_dataset
+from sidestream.models import create_model, info_of, input_spec_of
+from sidestream.models.info import attach_info
+from sidestream.models.pretrained import save_pretrained
+from sidestream.report import read_json_lines
+from sidestream.train import TrainConfig, fit
 
 SMALL = ["--model", "timm/test_resnet", "--num-frames", "2", "--size", "32", "--epochs", "1", "--num-workers", "1"]
 MADE_UP = ["--data", "synthetic", *SMALL]
@@ -39,7 +47,61 @@ def test_a_run_leaves_its_files_and_can_be_taken_up(run: Path, capsys: pytest.Ca
     assert main(["train", "--resume", str(run)]) == 0  # it is done: nothing changes
     after = load_file(run / "last.safetensors")
     assert all(before[key].equal(after[key]) for key in before)
-    assert "1 epochs, test accuracy" in capsys.readouterr().out
+    assert "1 epoch, test accuracy" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of two classes with an input spec of its own."""
+    torch.manual_seed(3)
+    net = create_model("timm/test_resnet", num_classes=2)
+    info = info_of(net)
+    assert info is not None
+    attach_info(net, replace(info, input_spec=replace(info.input_spec, size_px=(48, 48), resize_px=None)))
+    return save_pretrained(net, tmp_path_factory.mktemp("saved") / "model")
+
+
+def test_training_goes_on_from_a_saved_folder(
+    saved: Path, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(saved.parent)
+    out, twin = tmp_path / "run", tmp_path / "twin"
+    words = ["--num-frames", "2", "--epochs", "1", "--num-workers", "1", "--batch-size", "4", "--seed", "5"]
+    assert main(["train", "--data", folder, "--model", "./model", *words, "--out", str(out)]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["size_px"] == [48, 48]  # the folder's own
+
+    net = create_model("timm/test_resnet", num_classes=2, weights=saved / "model.safetensors")
+    spec = replace(input_spec_of(net), size_px=(48, 48), resize_px=None, num_frames=2)
+    parts = [open_dataset(folder, part=part, spec=spec, options=ClipOptions(seed=5)) for part in ("train", "test")]
+    fit(net, *parts, config=TrainConfig(epochs=1, num_workers=1, batch_size=4, seed=5), out=twin)
+    losses = [[r["loss"] for r in read_json_lines(run / "log.jsonl") if r["kind"] == "batch"] for run in (out, twin)]
+    assert losses[0]
+    assert losses[0] == losses[1]
+    before, after = (load_file(run / "last.safetensors") for run in (out, twin))
+    assert all(before[key].equal(after[key]) for key in before)
+    assert main(["train", "--resume", str(out)]) == 0
+    after = load_file(out / "last.safetensors")
+    assert all(before[key].equal(after[key]) for key in before)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data", "FOLDER", "--weights", "default"], "has weights of its own, but --weights default was given"),
+        (["--data", "FOLDER", "--weights", "random"], "has weights of its own, but --weights random was given"),
+        (["--data", "synthetic_shapes"], "model answers 2 classes, and the data has 8 classes"),
+        (["--data", "synthetic", "--task", "keypoints"], "model answers 2 classes, and the data has 5 keypoints"),
+    ],
+)
+def test_a_saved_folder_that_does_not_fit_is_refused(
+    words: list[str], message: str, saved: Path, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [folder if word == "FOLDER" else word for word in words]
+    given = ["--model", str(saved), "--num-frames", "2", "--size", "32", "--epochs", "1"]
+    assert main(["train", *words, *given, "--out", str(tmp_path / "OUT")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "OUT").exists()
 
 
 def test_depth_parallel_rules_with_their_options(folder: str, tmp_path: Path) -> None:

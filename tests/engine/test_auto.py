@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from contract import assert_equal
+from sidestream import pipelined
+from sidestream.circuit.cut import cut
+from sidestream.clock import ManualClock
 from sidestream.engine import run
-from sidestream.engine.auto import Trial, pick
+from sidestream.engine.auto import CANDIDATES, Trial, choose, measure, pick
 from sidestream.engine.tune import tune
 from sidestream.errors import CircuitError, InputError, MissingExtraError
 
@@ -34,6 +39,63 @@ def test_pick(frame_rate: float | None, best: Trial, why: str) -> None:
     assert found is best
     assert why in reason
     assert "frame-parallel 60.0 frames/s at 33 ms" in reason
+
+
+@dataclass(frozen=True)
+class Answer:
+    latency_seconds: float
+
+
+class FakeRuns:
+    """Executors whose answers take the times given, the last one over and over; counts what they were asked for."""
+
+    def __init__(self, **seconds: list[float]) -> None:
+        self.clock = ManualClock()
+        self.seconds = {name.replace("_", "-"): times for name, times in seconds.items()}
+        self.num_answers: dict[str, int] = {}
+
+    def __call__(self, executor: str, items: Iterator[Any]) -> Iterator[Any]:
+        self.num_answers[executor] = 0
+        for number, _ in enumerate(items):
+            times = self.seconds[executor]
+            self.num_answers[executor] += 1
+            seconds = times[min(number, len(times) - 1)]
+            self.clock.advance(seconds)
+            yield Answer(seconds)
+
+
+@pytest.mark.parametrize(
+    ("times", "num_answers", "rate", "too_few"),
+    [
+        ([0.01], 100, 100.0, 0),  # 0.25 s of warm-up and 0.75 s
+        ([0.4, 0.2], 2 + 4, 5.0, 0),
+        ([0.5], 2 + 2, 2.0, 0),
+        ([0.75], 3, 4 / 3, 3),  # the third is under way when the two seconds are over
+        ([1.5], 2, 1 / 1.5, 2),
+        ([15.0], 1, 1 / 15, 1),  # not asked for a second time
+        ([1.0, 9.0], 2, 2 / 10, 2),
+    ],
+)
+def test_a_trial_is_bounded_by_its_time_and_has_one_answer_at_least(
+    times: list[float], num_answers: int, rate: float, too_few: int
+) -> None:
+    runs = FakeRuns(threads=times)
+    trial = measure("threads", None, runs, 1.0, clock=runs.clock)
+    assert runs.num_answers == {"threads": num_answers}
+    assert trial.frames_per_second == pytest.approx(rate, rel=0.02)
+    assert trial.too_few == too_few
+
+
+def test_a_slow_candidate_costs_one_answer_and_the_reason_says_so() -> None:
+    runs = FakeRuns(threads=[0.02], frame_parallel=[0.025], sequential=[15.0, 4.0])
+    circuit = pipelined(cut(small_model(), torch.rand(1, 3, 32, 32), num_stages=2))
+    choice = choose(circuit, None, runs, clock=runs.clock)
+    assert tuple(runs.num_answers) == CANDIDATES  # the one that may wait for other programs comes last
+    assert runs.num_answers["sequential"] == 1
+    assert runs.clock.now() < 15.0 + 1.5
+    assert choice.executor == "threads"
+    assert "sequential 0.1 frames/s at 15000 ms by 1 answer only" in choice.reason
+    assert "threads 50.0 frames/s at 20 ms, frame-parallel" in choice.reason
 
 
 def small_model() -> nn.Module:

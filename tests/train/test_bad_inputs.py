@@ -55,7 +55,9 @@ def test_a_net_of_one_stage(rule: str, tmp_path: Path) -> None:
 def test_a_clip_shorter_than_the_pipeline(rule: str, tmp_path: Path) -> None:
     least = 3 if rule.startswith("exact") else 5
     few = {"num_frames": least - 1}
-    message = rf"a clip of {least - 1} frames is too short .* 3 stages need {least} or more; give longer clips"
+    message = (
+        rf"a clip of {least - 1} frames is too short .* 3 stages need {least} or more \(pipelined\); give longer clips"
+    )
     with pytest.raises(InputError, match=message):
         trained(tmp_path / "run", rule, net(), clips=few)
     assert not (tmp_path / "run").exists()

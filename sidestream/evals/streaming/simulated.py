@@ -43,6 +43,7 @@ class SimulatedDevice:
         Raises ``InputError`` for circuits whose schedule cannot be told by these rules.
         """
         rate, seed = self.frame_rate, self.seed + clip_number
+        self._check_runtimes(circuit)
         is_pipeline = self.profile.num_stages > 1 and latency_ticks(circuit) > 0 and self.policy != UNLIMITED
         if is_pipeline:
             self._check_stages(circuit)
@@ -59,10 +60,15 @@ class SimulatedDevice:
         num_newer = latency_ticks(circuit) if mixes_ages(circuit) else 0  # else a frame goes through by itself
         return answered_later(works, num_newer + look_ahead_ticks(circuit))
 
-    def _check_stages(self, circuit: Circuit) -> None:
+    def _check_runtimes(self, circuit: Circuit) -> None:
         given, wanted = self.profile.num_stages, circuit.num_stages
-        if given != wanted:
-            raise InputError(f"runtimes of {given} stages for a circuit of {wanted}; give as many")
+        if given not in (1, wanted):
+            as_many = "" if wanted == 1 else f", or {wanted}, one for each stage"
+            raise InputError(
+                f"runtimes of {given} stages for a circuit of {wanted}; give one for the whole net{as_many}"
+            )
+
+    def _check_stages(self, circuit: Circuit) -> None:
         instead = "give one runtime for the whole net, or run it live"
         if max(circuit.periods) > 1:
             raise InputError(f"stages that do not work in every tick cannot be simulated stage by stage; {instead}")

@@ -47,7 +47,8 @@ class ClassTask(Task):
         if not isinstance(answers, Tensor) or answers.ndim != 3 or answers.shape[0] != clip_BTCHW.shape[0]:
             given = tuple(answers.shape) if isinstance(answers, Tensor) else type(answers).__name__
             raise InputError(
-                f"{model} answers {given}, not one row of class logits per clip or frame; it cannot be trained"
+                f"{model} answers {given}, not one row of class logits per clip or frame; take a model (and a head) "
+                "that answers classes"
             )
         if answers.shape[-1] < num_outputs:
             raise InputError(
