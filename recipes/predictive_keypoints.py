@@ -71,6 +71,12 @@ VARIANTS |= {
     "parallel, sideways": {"wiring": "parallel", "rule": "sideways"},
 }
 """By depth: without unrolling, each stage forward and back in every tick, batch norms over one tick."""
+VARIANTS |= {
+    f"{name}, frozen norms": {**VARIANTS[name], "freeze_norms": True}
+    for name in ("sequential", "sequential, feedback", "parallel", "parallel, feedback", "parallel, sideways")
+}
+"""Batch norms with the statistics of the net in sequence, so that no rule sees other ones."""
+FROZEN = (", frozen norms", ", feedback, frozen norms", ", sideways, frozen norms")
 SCORES = {"test_pck_0.2": "on the newest frame", "answered_pck_0.2": "on the answered frame"}
 """Name in the history -> title. Evaluations are of the newest frame."""
 
@@ -195,26 +201,27 @@ def draw_depth(rows: Mapping[str, Sequence[Record]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    for number, extra in enumerate(EXTRAS):
+    figure, axis = plt.subplots(figsize=(9.5, 4.2))
+    for number, extra in enumerate([*EXTRAS, *FROZEN]):
         line = []
         for place, wiring in enumerate(WIRINGS):
             # In sequence nothing is distilled: those lines begin at the net that was trained without.
             found = rows.get(wiring + extra) or (rows.get(wiring + extra.replace(", distilled", "")) or [])
             scores = [100 * last(r, "test_pck_0.2") for r in found]
             if scores:
-                line.append((place + 0.03 * (number - 1.5), statistics.mean(scores), min(scores), max(scores)))
+                line.append((place + 0.04 * (number - 3), statistics.mean(scores), min(scores), max(scores)))
         if line:
             x, mean, low, high = map(list, zip(*line, strict=True))
             around = [[m - lo for m, lo in zip(mean, low)], [hi - m for m, hi in zip(mean, high)]]
-            axis.errorbar(x, mean, around, marker="o", capsize=3, label=extra.removeprefix(", ") or "plain")
+            style = "--" if extra in FROZEN else "-"
+            axis.errorbar(x, mean, around, fmt=style, marker="o", capsize=3, label=extra.removeprefix(", ") or "plain")
     poses = [100 * last(r, "test_mean_pose_pck_0.2") for r in rows["sequential"]]
     if poses:
         axis.axhline(statistics.mean(poses), color="grey", linestyle=":", label="mean pose")
-    axis.set(xticks=range(len(WIRINGS)), xticklabels=["1\nsequential", "2\ntwo groups", "8\nparallel"], ylim=(0, None))
+    axis.set(xticks=range(len(WIRINGS)), xticklabels=["1\nsequential", "2\ntwo groups", "8\nparallel"], ylim=(20, None))
     axis.set(xlabel="stages that work at once", ylabel="PCK@0.2 on the newest frame, %")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     with write_beside(FOLDER / "depth.png") as part:
         figure.savefig(part, dpi=110, format="png")

@@ -103,12 +103,17 @@ def circuit_of(net: Any, wiring: str) -> Circuit:
 
 
 class Judge:
-    """One set of weights on clips. What a net answers when it is fed the same frames is computed once."""
+    """One seed's weights on clips. What a net answers when it is fed the same frames is computed once."""
 
-    def __init__(self, weights: Callable[[str], Any], device: Device) -> None:
-        nets = {variant: weights(variant) for variant in dict.fromkeys(net.weights for net in NETS.values())}
-        self.circuits = {name: circuit_of(nets[net.weights], net.wiring) for name, net in NETS.items()}
-        self.device = device
+    def __init__(self, weights: Callable[[str], Any], device: Device, nets: Mapping[str, Net] = NETS) -> None:
+        loaded = {variant: weights(variant) for variant in dict.fromkeys(net.weights for net in nets.values())}
+        self.circuits = {name: circuit_of(loaded[net.weights], net.wiring) for name, net in nets.items()}
+        self.plain = {  # nets without memory that mix no frames: an answer is its frame's
+            net.weights: circuit_of(loaded[net.weights], "sequential")
+            for net in nets.values()
+            if net.wiring in ("sequential", "pipelined") and not loaded[net.weights].has_feedback
+        }
+        self.nets, self.device = nets, device
         self._values: dict[Any, dict[int, Value]] = {}
         self._offline: dict[str, list[Pair]] = {}
 
@@ -126,22 +131,22 @@ class Judge:
             self._offline[name] = pair(truths, self._answers(name, clip, idle, frame_rate))
         answers = self._answers(name, clip, self.device.flow(circuit, num_frames, frame_rate, number), frame_rate)
         live = pair(truths, answers)
-        return self._offline[name], with_forecast(live, answers) if NETS[name].forecasts else live
+        return self._offline[name], with_forecast(live, answers) if self.nets[name].forecasts else live
 
     def _answers(self, name: str, clip: ShownClip, flow: Dataflow, frame_rate: float) -> list[Answer]:
-        net = NETS[name]
-        if net.weights == "sequential":  # no memory and no mixing of frames: an answer is its frame's
-            values = self._of_ticks("sequential", clip, tuple(range(clip.num_frames)))
+        net = self.nets[name]
+        if net.weights in self.plain and net.judged_frame == "answered":
+            values = self._of_ticks(net.weights, self.plain[net.weights], clip, tuple(range(clip.num_frames)))
             values = {a.tick: values[a.frame_index] for a in flow.answers}
         else:
-            values = self._of_ticks(name, clip, flow.frames)
+            values = self._of_ticks(name, self.circuits[name], clip, flow.frames)
         return answers_of(flow, values, frame_rate=frame_rate, clip=clip.key, judged_frame=net.judged_frame)
 
-    def _of_ticks(self, name: str, clip: ShownClip, taken: tuple[int, ...]) -> dict[int, Value]:
+    def _of_ticks(self, name: str, circuit: Circuit, clip: ShownClip, taken: tuple[int, ...]) -> dict[int, Value]:
         key = name, clip.key, taken
         if key not in self._values:
             given: dict[str, Any] = {"answer": points_answer(SPEC), "prepare": clip.prepared}
-            self._values[key] = values_of_ticks(self.circuits[name], clip.frames(), taken, **given)
+            self._values[key] = values_of_ticks(circuit, clip.frames(), taken, **given)
         return self._values[key]
 
 
@@ -223,7 +228,7 @@ def tallied(
     centre: int | None = None,
 ) -> Iterator[tuple[str, float, Mapping[Any, Tally]]]:
     """Per net and frame rate a tally of each group of clips. ``centre``: see ``Tally``."""
-    found: dict[tuple[str, float], dict[Any, Tally]] = {(name, rate): {} for rate in rates for name in NETS}
+    found: dict[tuple[str, float], dict[Any, Tally]] = {(name, rate): {} for rate in rates for name in judge.nets}
     for number, clip in enumerate(clips):
         for name, rate in found:
             tally = found[name, rate].setdefault(group(clip), Tally(centre))

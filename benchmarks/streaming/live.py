@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from sidestream.engine.rules.forward import Forward
 from sidestream.engine.tick import Cell, Message
 from sidestream.evals.streaming import Answer, Pair, counts_of, pair, run_live
 from sidestream.evals.streaming.labelled import LabelledClip, labelled_clips
-from sidestream.report.gpu_activity import sm_activity
+from sidestream.report.gpu_activity import SmActivity, sm_activity
 from sidestream.report.measure import machine
 from sidestream.types import Frame, InputSpec
 
@@ -100,6 +101,12 @@ class Booked(Forward):
             busy[thread] = busy.get(thread, 0.0) + end - begin
         shares = sorted((seconds / elapsed for seconds in busy.values()), reverse=True)
         return shares + [0.0] * (num_workers - len(shares))
+
+
+@cache
+def meter_of(device: str) -> SmActivity | None:
+    """SM activity of a GPU, where its driver tells."""
+    return None if device == "cpu" else sm_activity(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 class Taken:
@@ -164,7 +171,7 @@ def live(
     """One clip, shown once in real time; what is booked begins where its truth begins."""
     first, start_seconds = clip.truths[0].frame_index, clip.truths[0].pts_seconds
     rule, taken, state, begun = Booked(device), Taken(spec, device), Machine(), time.perf_counter()
-    if (meter := None if device == "cpu" else sm_activity(torch.device(device).index or 0)) is not None:
+    if (meter := meter_of(device)) is not None:
         meter.begin()
     answers = run_live(
         circuit,

@@ -35,7 +35,7 @@ HEADER = (
 def live_table(records: Sequence[Record]) -> str:
     """Markdown: a row per rate and net, over all clips that were measured."""
     has_gpu = any("sm_activity" in r for r in records)
-    header = (*HEADER, "SM activity, %") if has_gpu else HEADER
+    header = (*HEADER, "SM activity, % (with the lead-in)") if has_gpu else HEADER
     lines = ["| " + " | ".join(header) + " |", "| ---: | --- |" + " ---: |" * (len(header) - 2)]
     for rate in rates_of(records):
         nets = by_net(records, rate)
@@ -129,7 +129,7 @@ CONTROLS = (
 
 
 def control_table(records: Sequence[Record]) -> str:
-    """Markdown: means over the clips, and of the differences."""
+    """Markdown: of all clips together, and the mean of the differences within a clip."""
 
     def shares(name: str) -> list[float]:
         return [100 * r["right"][name] / max(1, r["num_points"][name]) for r in records]
@@ -137,13 +137,17 @@ def control_table(records: Sequence[Record]) -> str:
     rows = []
     for title, name, other in CONTROLS:
         gaps = [a - b for a, b in zip(shares(name), shares(other), strict=True)] if other else []
-        rows.append([title, f"{statistics.mean(shares(name)):.1f}", with_error(gaps)])
-    header = [f"frames 0, 3, 6 ... of {len(records)} clips, net in sequence", "PCK@0.2, %", "change, points"]
+        right, points = (sum(r[what][name] for r in records) for what in ("right", "num_points"))
+        rows.append([title, f"{100 * right / max(1, points):.1f}", with_error(gaps)])
+    header = [f"frames 0, 3, 6 ... of {len(records)} clips, net in sequence", "PCK@0.2, %", "change in a clip, points"]
     return markdown_table(header, rows)
 
 
 def live_plot(records: Sequence[Record], path: Path) -> None:
-    """Three panels over the camera's rate: accuracy live (dotted: offline), frames dropped, reaction."""
+    """Three panels over the camera's rate: accuracy live (dotted: offline), frames dropped, reaction.
+
+    Accuracies are shares of what the baseline has offline on the same clips, as not all rates have the same ones.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,13 +158,19 @@ def live_plot(records: Sequence[Record], path: Path) -> None:
     for number, net in enumerate(dict.fromkeys(r["case"]["net"] for r in records)):
         own = {rate: found[net] for rate in rates if net in (found := by_net(records, rate))}
         style: dict[str, Any] = {"color": f"C{number}", "marker": "s" if net.startswith("predictive") else "o"}
-        axes[0].plot(list(own), [100 * share(r, "right") for r in own.values()], label=net, **style)
-        offline = [100 * share(r, "right_offline") for r in own.values()]
+        ceilings = {
+            rate: share(by_net(records, rate).get(BASELINE, found), "right_offline") for rate, found in own.items()
+        }
+        live, offline = (
+            [100 * share(found, name) / ceilings[rate] if ceilings[rate] else 0.0 for rate, found in own.items()]
+            for name in ("right", "right_offline")
+        )
+        axes[0].plot(list(own), live, label=net, **style)
         axes[0].plot(list(own), offline, color=style["color"], linestyle=":", linewidth=1)
         dropped = [100 * total(r, "num_dropped") / total(r, "num_frames") for r in own.values()]
         axes[1].plot(list(own), dropped, **style)
         axes[2].plot(list(own), [percentiles(all_of(r, "reaction_ms"))[0] for r in own.values()], **style)
-    axes[0].set(title="accuracy on the newest frame", ylabel="PCK@0.2, % (dotted: offline)")
+    axes[0].set(title="accuracy on the newest frame", ylabel="% of sequential offline PCK (dotted: offline)")
     axes[1].set(title="frames dropped", ylabel="%")
     axes[2].set(title="from a frame to an answer that has seen it", ylabel="ms, median", yscale="log")
     for axis in axes:

@@ -5,7 +5,8 @@
     python benchmarks/streaming/run.py --report                               # tables and pictures from the records
 
 Parts: timing (a simulated device on an endless stream), overload (the same, under a camera that is too fast), accuracy
-(JHMDB on it, with the weights of recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), synthetic
+(JHMDB on it, with the weights of recipes/predictive_keypoints.py --runs recipes/predictive_keypoints/runs), trainings
+(the same at one rate, for all of its variants), synthetic
 (moving shapes at growing speed; trains its own nets, into runs/), control (live's net and clips, without a clock), live
 (real time on this machine, in two processes, with and without OMP_WAIT_POLICY=PASSIVE; see live.py). A seed without
 weights is left out.
@@ -50,6 +51,12 @@ def accuracy_part(given: argparse.Namespace, device: Any, known: Known) -> Itera
     yield from accuracy(device, given.weights, given.seeds, known, given.quick)
 
 
+def trainings_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
+    from trainings import measure
+
+    yield from measure(device, given.weights, given.seeds, known, given.quick)
+
+
 def synthetic_part(given: argparse.Namespace, device: Any, known: Known) -> Iterator[Record]:
     from synthetic import measure
 
@@ -92,11 +99,12 @@ PARTS: dict[str, Callable[[argparse.Namespace, Any, Known], Iterator[Record]]] =
     "timing": timing_part,
     "overload": overload_part,
     "accuracy": accuracy_part,
+    "trainings": trainings_part,
     "synthetic": synthetic_part,
     "control": control_part,
     "live": live_part,
 }
-ON_THE_DEVICE = ("timing", "overload", "accuracy", "synthetic")
+ON_THE_DEVICE = ("timing", "overload", "accuracy", "trainings", "synthetic")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -38,6 +38,7 @@ def write_all(records: Records, folder: Path) -> str:
         device(records),
         overload(records),
         *(accuracy(points[s], s) for s in STUDIES),
+        trainings(records),
         starts(records),
         gap_text(points),
     ]
@@ -267,6 +268,15 @@ def ratio(point: Point, net: str, rival: str) -> float | None:
     seeds = own.keys() & other.keys()
     below = sum(other[seed][0] for seed in seeds)
     return sum(own[seed][0] for seed in seeds) / below if below else None
+
+
+def trainings(records: Records) -> str:
+    some = of(records, "trainings")
+    if not some:
+        return ""
+    from trainings import table_of
+
+    return f"### Every way of training, at {some[0]['frame_rate']:g} frames/s\n\n" + markdown_table(*table_of(some))
 
 
 def control(records: Records) -> str:

@@ -91,7 +91,8 @@ def _check_read(given: dict[str, Any], defaults: dict[str, Any]) -> None:
     mode = mode_of(given)
     changed = [name for name in READ_IN if given[name] != defaults[name]]
     unread = [name for name in changed if mode not in READ_IN[name].split()]
-    if "seed" in changed and mode != "simulated" and given["weights"] != "random" and "seed" not in unread:
+    is_random = given["weights"] == "random" or given["head"] == "keypoints"  # a fresh head on a model of classes
+    if "seed" in changed and mode != "simulated" and not is_random and "seed" not in unread:
         unread.append("seed")
     if not unread:
         return

@@ -44,6 +44,7 @@ def train(
     clip_norm: float | None = None,
     label_smoothing: float = 0.0,
     accumulate: int = 1,
+    freeze_norms: bool = False,
     precision: Literal["no", "bf16", "fp16"] = "no",
     device: Literal["auto", "cpu"] = "auto",
     patience: int | None = None,
@@ -56,7 +57,7 @@ def train(
     num_workers: int = 2,
     checkpoint_minutes: float = 5.0,
     tensorboard: bool = False,
-    wiring: str = "parallel",
+    wiring: str | None = None,
     feedback_wire: bool = False,
     teacher: str | None = None,
     distill: float = 0.0,
@@ -108,6 +109,7 @@ def train(
         clip_norm: longest gradient.
         label_smoothing: share of each label that is spread over all classes.
         accumulate: batches whose gradients make one update.
+        freeze_norms: batch norms keep the statistics that they begin with (for --weights to start from).
         precision: no (float32), bf16 or fp16.
         device: auto (a GPU where there is one) or cpu.
         patience: stop after so many epochs without a better test score.
@@ -121,7 +123,7 @@ def train(
         checkpoint_minutes: time between checkpoints within an epoch.
         tensorboard: write a TensorBoard log too.
         wiring: unrolled, and exact and sideways with par_densenet and par_inception: sequential, pipelined, parallel,
-            semi-parallel:G or semi-parallel:G:fresh (G groups).
+            semi-parallel:G or semi-parallel:G:fresh (G groups); default: parallel.
         feedback_wire: unrolled: the last answer goes back into an early stage (par_densenet, par_inception).
         teacher: unrolled: weights file of the sequential net, to start from and to distil from.
         distill: unrolled: weight of the distance to the teacher's activations.

@@ -170,7 +170,7 @@ def run(
     choice = choose(
         circuit,
         first,
-        lambda name, items: _start(circuit, _arriving(items, clock), name, options),
+        lambda name, items: _start(circuit, _Arriving(items, frames, clock), name, options),
         frame_rate=_live_rate(frames),
     )
     started = _start(circuit, frames, choice.executor, options)
@@ -259,7 +259,14 @@ def _live_rate(frames: Iterable[Any]) -> float | None:
     return getattr(info, "frame_rate", None) if getattr(frames, "wants_latency", False) else None
 
 
-def _arriving(items: Iterator[Any], clock: Clock) -> Iterator[Any]:
-    """Frames of a trial arrive when they are taken, so that their latency is that of the executor."""
-    for item in items:
-        yield replace(item, arrived_at_seconds=clock.now()) if isinstance(item, Frame) else item
+class _Arriving:
+    """Frames of a trial: they arrive when they are taken, so that their latency is that of the executor, which lets in
+    as many as it would of the source."""
+
+    def __init__(self, items: Iterator[Any], source: Iterable[Any], clock: Clock) -> None:
+        self._items, self._clock = items, clock
+        self.wants_latency = bool(getattr(source, "wants_latency", False))
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items:
+            yield replace(item, arrived_at_seconds=self._clock.now()) if isinstance(item, Frame) else item

@@ -92,8 +92,6 @@ def create_model(
 
     Raises ``ModelError`` for an unknown name, ``WeightsError`` for weights that cannot be had or do not fit.
     """
-    if weights == "random":
-        weights = None
     if num_classes is not None and not isinstance(num_classes, int):
         raise ModelError(f"{num_classes=} is no number of classes; give a whole number, or None for the model's own")
     if head not in get_args(HeadKind):
@@ -103,6 +101,8 @@ def create_model(
 
         own = read_labels(labels) if isinstance(labels, str | os.PathLike) else labels
         return create_saved(name, num_classes=num_classes, weights=weights, labels=own, head=head)
+    if weights == "random":
+        weights = None
     library, inner = _resolve(name)
     if head != "classes" and library.info(inner).task != head:  # such a model has that head by itself
         return _with_dense_head(name, num_classes, weights, labels, head)

@@ -70,10 +70,12 @@ class SmActivity:
             raise OSError(f"{what} failed with NVML status {status}")
 
 
-def sm_activity(index: int = 0, *, library: Any = None) -> SmActivity | None:
-    """A meter for GPU ``index``; None without driver or GPU, or for one without these counters (before Hopper).
+def sm_activity(uuid: str, *, library: Any = None) -> SmActivity | None:
+    """A meter for the GPU of that UUID; None without driver or GPU, or for one without these counters (before Hopper).
 
-    ``library``: the loaded ``libnvidia-ml``; None loads it.
+    ``uuid``: "GPU-..." (f"GPU-{torch.cuda.get_device_properties(device).uuid}": the numbers of torch's devices are not
+    the driver's where CUDA_VISIBLE_DEVICES is set). ``library``: the loaded ``libnvidia-ml``; None loads it. One meter
+    is made for a process, as it keeps two samples in the driver.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1") if library is None else library
@@ -81,7 +83,7 @@ def sm_activity(index: int = 0, *, library: Any = None) -> SmActivity | None:
         begun, ended = ctypes.c_void_p(), ctypes.c_void_p()
         is_there = not (
             nvml.nvmlInit_v2()
-            or nvml.nvmlDeviceGetHandleByIndex_v2(ctypes.c_uint(index), ctypes.byref(handle))
+            or nvml.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle))
             or nvml.nvmlGpmQueryDeviceSupport(handle, ctypes.byref(support))
             or not support.isSupportedDevice
             or nvml.nvmlGpmSampleAlloc(ctypes.byref(begun))

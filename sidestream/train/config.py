@@ -43,7 +43,6 @@ RULES_OF: dict[str, tuple[str, ...]] = {
 }
 """Options that mean something to some rules only: given with another one they would be passed over."""
 BUILT_IN = ("backprop", *ON_CIRCUITS)
-DEFAULT_WIRING = "parallel"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +77,9 @@ class TrainConfig:
     accumulate: int = 1
     """Batches whose gradients are averaged for one update; what is left at the end of an epoch is divided by it too."""
     seed: int = 0
+    freeze_norms: bool = False
+    """Batch norms keep the running statistics that they begin with, and normalise by them: for weights to start from,
+    and for rules under which a norm sees the few pictures of one tick."""
     precision: str = "no"
     device: str = "auto"
     num_workers: int = 2
@@ -115,9 +117,9 @@ class TrainConfig:
     """Compare the rule's gradients with the true ones in every so many batches (``train.diagnose``); 0: never."""
     num_stages: int | None = None
     """Stages of equal cost that the net is cut into; None: one per layer where the net says which (VGG-8), else 4."""
-    wiring: str = DEFAULT_WIRING
+    wiring: str | None = None
     """Unrolled, and exact and sideways on nets of blocks (par_densenet, par_inception): how the stages are wired, by
-    name (``circuit.wiring.wire``); also when the net is evaluated."""
+    name (``circuit.wiring.wire``), also when the net is evaluated; None: "parallel"."""
     feedback_wire: bool = False
     """Unrolled: the last answer goes back into an early stage (par_densenet, par_inception)."""
     teacher: str | None = None
@@ -126,6 +128,11 @@ class TrainConfig:
     """Unrolled: weight of the distance to the activations of the sequential net; 0: no distillation."""
     distill_frame: str = "oldest"
     """Unrolled: a stage is compared with the teacher's on the "oldest" or "newest" frame that it has seen."""
+
+    @property
+    def wired(self) -> str:
+        """The wiring by name."""
+        return self.wiring or "parallel"
 
     @property
     def answers_task(self) -> str:

@@ -26,7 +26,7 @@ from sidestream.engine.rules.training import Observer, StageGradient, TrainingRu
 from sidestream.errors import InputError, StageError
 from sidestream.models.depth_net import DepthNet
 from sidestream.nn.feedback_alignment import own_feedback
-from sidestream.train.config import DEFAULT_WIRING, TrainConfig
+from sidestream.train.config import TrainConfig
 from sidestream.train.diagnose import gradient_errors
 from sidestream.train.diagnostics import NUM_CLIPS, stage_records
 from sidestream.train.feedback import check_direct, give_feedback
@@ -61,7 +61,7 @@ class DepthParallel:
             context.model,
             context.example_BTCHW[:, 0],
             context.config.num_stages,
-            wiring=context.config.wiring,
+            wiring=context.config.wired,
         )
         self._model = context.model
         if context.config.diagnose and context.config.feedback == "random" and not self._takes_any_batch:
@@ -125,7 +125,7 @@ class DepthParallel:
         """What evaluations look at: a net of blocks as its circuit runs (as under "unrolled"), others as they are."""
         if not isinstance(self._model, DepthNet) or self._config.num_stages is not None:
             return net, task
-        return LiveNet(self._model, self._frame_1CHW, self._config.wiring), newest(task)
+        return LiveNet(self._model, self._frame_1CHW, self._config.wired), newest(task)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs beside optimisers and weights: gradients gathered since the stages' last steps."""
@@ -223,7 +223,7 @@ def check_options(config: TrainConfig, model: nn.Module) -> None:
             "keep='inputs' or 'inputs and weights'"
         )
     is_net_of_blocks = isinstance(model, DepthNet) and config.num_stages is None
-    if config.wiring != DEFAULT_WIRING and not is_net_of_blocks:
+    if config.wiring is not None and not is_net_of_blocks:
         raise InputError(
             f"wiring={config.wiring!r} on {type(model).__name__}"
             f"{'' if config.num_stages is None else f' cut into {config.num_stages} stages'}; the rule "

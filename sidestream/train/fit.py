@@ -20,6 +20,7 @@ from sidestream.train.feedback import take_feedback
 from sidestream.train.folder import SAMPLES, RunFolder
 from sidestream.train.hardware import make_accelerator
 from sidestream.train.loop import Loop
+from sidestream.train.norms import to_train_mode
 from sidestream.train.optimisers import make_optimizer, optimizer_class
 from sidestream.train.progress import progress
 from sidestream.train.rules import StepContext, judged, rule_by_name
@@ -104,7 +105,8 @@ def fit(
     clip_BTCHW = example_BTCHW[:2]
     with no_short_convolutions(net, config.precision, accelerator.device):
         check_model(net, clip_BTCHW, lambda name, answers: task.check_answers(name, answers, clip_BTCHW, num_outputs))
-    prepared = accelerator.prepare(net.train())  # rules look at it as it will be trained
+    to_train_mode(net, freeze_norms=config.freeze_norms)
+    prepared = accelerator.prepare(net)  # rules look at it as it will be trained
     rule = make_rule(StepContext(model, prepared, config, accelerator.backward, example_BTCHW, task))
     task.check_clips(model, example_BTCHW.shape[1])
     if config.diagnose and not hasattr(rule, "diagnose"):

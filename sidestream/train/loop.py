@@ -25,6 +25,7 @@ from sidestream.train.checkpoint import load_checkpoint, save_checkpoint
 from sidestream.train.config import TrainConfig
 from sidestream.train.folder import BEST, DIAGNOSTICS, LAST, RunFolder
 from sidestream.train.hardware import gather_objects, seed_all
+from sidestream.train.norms import to_train_mode
 from sidestream.train.progress import Progress
 from sidestream.train.rules import NotFinite, TrainStep, judged
 from sidestream.train.schedule import learning_rate
@@ -99,7 +100,7 @@ class Loop:
 
     def _epoch(self, progress: Progress) -> None:
         at, started, clips_before = self.at, time.monotonic(), self.at.num_clips
-        self.net.train()
+        to_train_mode(self.net, freeze_norms=self.config.freeze_norms)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for batch in self.train_loader.batches(at.epoch, at.batch):

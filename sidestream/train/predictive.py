@@ -54,7 +54,7 @@ class LiveNet(nn.Module):
         super().__init__()
         self.model = model
         self.circuit = wired(model, frame_BCHW, wiring)
-        self.train(model.training)
+        self.training = model.training  # the model's layers keep their own modes
 
     @property
     def latency(self) -> int:
@@ -88,13 +88,13 @@ class Predictive:
             raise InputError(
                 "the weights to start from are of a net with feedback; add feedback_wire (--feedback-wire)"
             )
-        self._live = LiveNet(model, frame_BCHW, config.wiring)
+        self._live = LiveNet(model, frame_BCHW, config.wired)
         self._task.align(self._live.circuit)
         self._drains = config.target == "answered"
         num_frames = context.example_BTCHW.shape[1]
         if num_frames <= self._live.latency:
             raise InputError(
-                f"clips of {num_frames} frames end before the circuit ({config.wiring}) answers, after "
+                f"clips of {num_frames} frames end before the circuit ({config.wired}) answers, after "
                 f"{self._live.latency} ticks; give longer clips (num_frames), or a wiring with fewer groups"
             )
 

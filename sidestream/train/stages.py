@@ -55,9 +55,12 @@ def circuit_of(
     if isinstance(net, Chain):
         return pipelined(_cut_stream(net, frame_BCHW, num_stages, model)), False
     was_training = net.training
+    if not was_training:
+        net.train()
     with torch.no_grad():
-        stages: Stages = cut(net.train(), frame_BCHW, num_stages=num_stages or NUM_STAGES, costs="flops")
-    net.train(was_training)
+        stages: Stages = cut(net, frame_BCHW, num_stages=num_stages or NUM_STAGES, costs="flops")
+    if not was_training:
+        net.eval()
     return pipelined(stages), False
 
 

@@ -72,7 +72,7 @@ def test_every_flag_says_where_it_is_read() -> None:
             [*LIVE, "--runtime-ms", "9", "--threads", "2", "--executor", "inline"],
             "--executor, --threads: nothing reads",
         ),
-        ([*POINTS, "--weights", "w", "--seed", "3"], "--seed: nothing reads it where keypoints are judged offline"),
+        ([*CLASSES, "--weights", "w", "--seed", "3"], "--seed: nothing reads it where classes are judged offline"),
         (
             [*LOG, "--streaming", "--out", "foo", "--frame-rate", "50"],
             "--out, --frame-rate, --streaming: nothing reads them where an earlier run is scored; leave them out",

@@ -70,10 +70,10 @@ class FakeRuns:
         ([0.01], 100, 100.0, 0),  # 0.25 s of warm-up and 0.75 s
         ([0.4, 0.2], 2 + 4, 5.0, 0),
         ([0.5], 2 + 2, 2.0, 0),
-        ([0.75], 3, 4 / 3, 3),  # the third is under way when the two seconds are over
-        ([1.5], 2, 1 / 1.5, 2),
+        ([0.75], 3, 4 / 3, 2),  # the third is under way when the two seconds are over
+        ([1.5], 2, 1 / 1.5, 1),
         ([15.0], 1, 1 / 15, 1),  # not asked for a second time
-        ([1.0, 9.0], 2, 2 / 10, 2),
+        ([1.0, 9.0], 2, 1 / 9, 1),  # the first, in which everything is cold, is left out where there are more
     ],
 )
 def test_a_trial_is_bounded_by_its_time_and_has_one_answer_at_least(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sidestream.circuit.wiring import parallel, pipelined, with_periods
 from sidestream.engine import run
 from sidestream.engine.executors.in_flight import LiveLimit
 from sidestream.engine.rules.forward import Forward
+from sidestream.engine.rules.sideways import Sideways
 from sidestream.engine.tick import Machine
 
 MILLISECONDS = (4, 4, 24, 4, 4, 4)
@@ -105,6 +107,48 @@ def test_as_many_as_full_speed_needs(times: tuple[float, ...], num_workers: int,
     assert booked(with_periods(circuit, (1, 1, 2, 2)), times, num_workers).now == num_workers
 
 
+def test_frames_that_wait_for_a_layer_that_looks_ahead_come_on_top() -> None:
+    """9 / 6 frames for full speed, and two that wait for the frames to come; once, not twice."""
+    circuit = row((0.0,) * 4)
+    last = replace(circuit.stages[-1], delay_ticks=2)
+    limit = booked(circuit.replace(stages=(*circuit.stages[:-1], last)), (1, 1, 6, 1), 4)
+    assert (limit.most, limit.now) == (6, 4)
+
+
+def test_ticks_that_fill_the_pipeline_and_training_change_nothing() -> None:
+    circuit = row((0.0,) * 4)
+    machine = Machine(circuit, Forward())
+    limit = LiveLimit(machine, 4, None)
+    for cell in machine.cells:
+        cell.tick = cell.lag  # has worked on nothing yet
+        for _ in range(10):
+            assert not limit.book(cell, 0.0 if cell.number != 3 else 1.0)
+    assert limit.now == 4
+    rule = Sideways(nn.functional.mse_loss)
+    machine = Machine(rule.attach(circuit), rule)
+    limit = LiveLimit(machine, 4, None)
+    for cell in machine.cells:
+        cell.tick = cell.lag + 1
+        for _ in range(10):
+            limit.book(cell, 1.0 if cell.number == 3 else 0.0)
+    assert limit.now == machine.latency + 1 == 4
+
+
+def test_more_room_is_said() -> None:
+    circuit = row((0.0,) * 2)
+    machine = Machine(circuit, Forward())
+    limit = LiveLimit(machine, 2, None)
+    first, second = machine.cells
+    first.tick, second.tick = 1, 2
+    for _ in range(7):
+        limit.book(first, 1.0)
+        assert not limit.book(second, 0.0)
+    assert limit.now == 1
+    said = [limit.book(second, 1.0) for _ in range(7)]
+    assert limit.now == 2
+    assert sum(said) == 1
+
+
 def test_frames_without_which_there_is_no_answer_are_always_let_in() -> None:
     """With skips of one tick the answer to a frame waits for newer ones."""
     circuit = parallel(stages_of([nn.Identity() for _ in range(5)], torch.zeros(1, 1, 1, 1), skips="add"))
@@ -115,4 +159,3 @@ def test_frames_without_which_there_is_no_answer_are_always_let_in() -> None:
         for _ in range(10):
             limit.book(cell, 10.0 if cell.number == 1 else 0.0)
     assert (machine.latency, limit.most, limit.now) == (4, 5, 3)
-

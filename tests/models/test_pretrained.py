@@ -314,6 +314,8 @@ def test_create_model_reads_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert labels_of(create_model(folder, labels=["x", "y", "z"])) == ("x", "y", "z")
     with pytest.raises(WeightsError, match=r"has its own weights, but weights='other\.pt'"):
         create_model(folder, weights="other.pt")
+    with pytest.raises(WeightsError, match="has its own weights, but weights='random'"):
+        create_model(folder, weights="random")
     with pytest.raises(ModelError, match="answers 3 classes, but num_classes=4"):
         create_model(folder, num_classes=4)
     with pytest.raises(ModelError, match="saved with the head 'classes', but head='masks'"):

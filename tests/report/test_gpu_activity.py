@@ -21,7 +21,7 @@ class Gpu:
         self.is_supported, self.failing, self.metric_status = is_supported, failing, metric_status
         self.seconds = self.busy_seconds = 0.0
         self.samples: dict[int, tuple[float, float]] = {}
-        self.index = -1
+        self.uuid = b""
 
     def work(self, seconds: float, share: float) -> None:
         self.seconds, self.busy_seconds = self.seconds + seconds, self.busy_seconds + seconds * share
@@ -29,8 +29,8 @@ class Gpu:
     def nvmlInit_v2(self) -> int:
         return 9 * (self.failing == "init")
 
-    def nvmlDeviceGetHandleByIndex_v2(self, index: Any, handle: Any) -> int:
-        self.index = index.value
+    def nvmlDeviceGetHandleByUUID(self, uuid: bytes, handle: Any) -> int:
+        self.uuid = uuid
         return 9 * (self.failing == "handle")
 
     def nvmlGpmQueryDeviceSupport(self, handle: Any, support: Any) -> int:
@@ -64,9 +64,9 @@ class Gpu:
 def test_the_share_since_the_beginning() -> None:
     gpu = Gpu()
     gpu.work(5.0, 0.9)
-    meter = sm_activity(1, library=gpu)
+    meter = sm_activity("GPU-1-2", library=gpu)
     assert meter is not None
-    assert gpu.index == 1
+    assert gpu.uuid == b"GPU-1-2"
     meter.begin()
     gpu.work(1.0, 0.5)
     gpu.work(3.0, 0.1)
@@ -77,19 +77,19 @@ def test_the_share_since_the_beginning() -> None:
 
 
 def test_no_meter_without_the_counters() -> None:
-    assert sm_activity(library=Gpu(is_supported=0)) is None
+    assert sm_activity("GPU-1", library=Gpu(is_supported=0)) is None
     for failing in ("init", "handle", "alloc"):
-        assert sm_activity(library=Gpu(failing=failing)) is None
-    assert sm_activity(library=object()) is None  # an old driver's library has no such functions
+        assert sm_activity("GPU-1", library=Gpu(failing=failing)) is None
+    assert sm_activity("GPU-1", library=object()) is None  # an old driver's library has no such functions
 
 
 def test_a_driver_without_an_answer_is_an_error() -> None:
-    meter = sm_activity(library=Gpu(failing="get"))
+    meter = sm_activity("GPU-1", library=Gpu(failing="get"))
     assert meter is not None
     with pytest.raises(OSError, match="nvmlGpmSampleGet failed with NVML status 9"):
         meter.begin()
     gpu = Gpu(metric_status=7)
-    meter = sm_activity(library=gpu)
+    meter = sm_activity("GPU-1", library=gpu)
     assert meter is not None
     meter.begin()
     gpu.work(1.0, 0.5)

@@ -23,6 +23,8 @@ from sidestream.models.parallel_inception import ParInception
 from sidestream.train import RULES, StepContext, TrainConfig, fit
 from sidestream.train.answering import Answering
 from sidestream.train.depth_parallel import DepthParallel
+from sidestream.train.predictive import LiveNet
+from sidestream.train.tasks import KeypointTask
 from sidestream.types import InputSpec
 
 WIRINGS = ["sequential", "pipelined", "semi-parallel:2", "semi-parallel:3:fresh", "parallel"]
@@ -109,14 +111,70 @@ def test_par_inceptions_stages_keep_their_states() -> None:
     torch.manual_seed(0)
     net = ParInception(NUM_CLASSES, width=1 / 32).double().eval()
     clip, labels = random_clip(1, 20, 32)
-    found = gradients_of(net, clip, labels, wiring="parallel")
-    assert found.keys() == {name for name, _ in net.named_parameters()}
-    further = gradients_of(net, clip, labels, wiring="parallel", state_ticks=2)
-    assert any(not torch.allclose(found[name], further[name]) for name in found)
+    loss = F.cross_entropy(net.answers(clip).flatten(0, 1), labels.repeat_interleave(20))
+    true = torch.autograd.grad(loss, list(net.parameters()))
+    expected = {name: g for (name, _), g in zip(net.named_parameters(), true, strict=True)}
+    assert_close(gradients_of(net, clip, labels, rule="exact", wiring="parallel", state_ticks=20), expected)
+    none = gradients_of(net, clip, labels, rule="exact", wiring="parallel")
+    some = gradients_of(net, clip, labels, rule="exact", wiring="parallel", state_ticks=2)
+    errors = [sum((found[n] - expected[n]).square().sum() for n in expected) for found in (none, some)]
+    assert errors[0] > errors[1] > 1e-6
+    assert gradients_of(net, clip, labels, wiring="parallel").keys() == expected.keys()
 
 
-@pytest.mark.parametrize("rule", ["exact", "sideways"])
-def test_a_run_is_evaluated_as_the_circuit(rule: str, tmp_path: Path) -> None:
+def test_a_short_batch_is_taken_as_it_is() -> None:
+    """Stages take any number of clips, so that nothing is filled up."""
+    clip, labels = random_clip(3, 7, 16)
+    net = densenet()
+    step = step_of(net, clip, rule="exact", wiring="parallel")
+    for optimizer in step.make_optimizers(lambda p: torch.optim.SGD(p, lr=0.1)):
+        optimizer.zero_grad()
+    step.step(clip[:1], labels[:1], lambda numbers: None)
+    loss = slow_loss(net_circuit(net, clip[:1, 0], "parallel"), clip[:1], labels[:1], newest=False)
+    true = torch.autograd.grad(loss, list(net.parameters()))
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    assert_close(found, {name: g for (name, _), g in zip(net.named_parameters(), true, strict=True)})
+
+
+def test_diagnosis_of_a_circuit_that_mixes_frames() -> None:
+    clip, labels = random_clip(2, 12, 16)
+    still = clip[:, :1].expand_as(clip).contiguous()
+    for shown, is_right in ((clip, False), (still, True)):
+        step = step_of(densenet(), shown, wiring="parallel", diagnose=1)
+        step.make_optimizers(lambda p: torch.optim.SGD(p, lr=0.1))
+        records = step.diagnose(shown, labels)
+        assert [r["stage"] for r in records] == [1, 2, 3, 4]
+        assert all((r["cosine"] > 1 - 1e-9) == is_right for r in records[:3])
+        assert records[3]["cosine"] > 1 - 1e-9  # the last stage has no lag
+
+
+@pytest.mark.parametrize("feedback", ["random", "direct"])
+def test_with_feedback_alignment_the_last_stage_still_has_the_true_gradient(feedback: str) -> None:
+    clip, labels = random_clip(2, 1, 16)
+    net = densenet()
+    true = torch.autograd.grad(F.cross_entropy(net.answers(clip)[:, 0], labels), list(net.parameters()))
+    expected = {name: g for (name, _), g in zip(net.named_parameters(), true, strict=True)}
+    found = gradients_of(net, clip.expand(-1, 12, -1, -1, -1), labels, wiring="parallel", feedback=feedback)
+    assert found.keys() == expected.keys()
+    is_true = {name: torch.allclose(found[name], expected[name], rtol=1e-7, atol=1e-11) for name in expected}
+    assert all(is_true[name] for name in expected if name.startswith("head."))
+    assert not any(is_true[name] for name in expected if name.startswith("stages.0."))
+
+
+def test_evaluation_is_of_the_newest_frame_in_the_wiring_that_was_trained() -> None:
+    clip, _ = random_clip(2, 9, 16)
+    net = densenet(points=3)
+    step = step_of(net, clip, wiring="semi-parallel:3:fresh", task="keypoints", target="answered")
+    live, task = step.judged(net, KeypointTask(target="answered"))
+    assert isinstance(live, LiveNet)
+    assert (live.circuit.wiring, task.target) == (step.circuit.wiring, "newest")  # type: ignore[attr-defined]
+    assert live.latency == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "wiring"), [("exact", "parallel"), ("sideways", "parallel"), ("sideways", "semi-parallel:2")]
+)
+def test_a_run_is_evaluated_as_the_circuit(rule: str, wiring: str, tmp_path: Path) -> None:
     """By the engine, frame by frame, from the weights that the run has left."""
     spec = InputSpec(size_px=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, layout="BTCHW", num_frames=6)
     data = [synthetic_dataset(part=p, spec=spec, num_clips=8) for p in ("train", "test")]  # type: ignore[arg-type]
@@ -126,11 +184,11 @@ def test_a_run_is_evaluated_as_the_circuit(rule: str, tmp_path: Path) -> None:
         return ParDenseNet(data[0].num_classes, stages=(3, 1), growth=2, stem=4, bottleneck=2, num_layers=1)
 
     options: dict[str, Any] = {"epochs": 1, "batch_size": 4, "lr": 0.05, "device": "cpu", "num_workers": 0}
-    config = TrainConfig(rule=rule, wiring="parallel", target="newest", **options)
+    config = TrainConfig(rule=rule, wiring=wiring, target="newest", **options)
     result = fit(fresh(), data[0], data[1], config=config, out=tmp_path / "run")
     net = load_weights(fresh(), tmp_path / "run" / "last.safetensors").eval()
     assert any(not p.equal(q) for p, q in zip(net.parameters(), fresh().parameters(), strict=True))
-    circuit = net_circuit(net, data[1][0].clip_TCHW[:1], "parallel")
+    circuit = net_circuit(net, data[1][0].clip_TCHW[:1], wiring)
     losses, num_right = [], 0
     for n in range(len(data[1])):
         item, latency = data[1][n], latency_ticks(circuit)
@@ -138,7 +196,7 @@ def test_a_run_is_evaluated_as_the_circuit(rule: str, tmp_path: Path) -> None:
         seen = torch.cat(answers[: len(item.clip_TCHW) - latency])  # the rest comes when the clip is over
         losses += [F.cross_entropy(row[None], torch.tensor([item.label])).item() for row in seen]
         num_right += int(seen.mean(0).argmax()) == item.label
-    assert len(losses) == 3 * 8
+    assert len(losses) == (6 - latency_ticks(circuit)) * 8
     assert result.test_scores["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
     assert result.test_accuracy == num_right / 8
 
@@ -167,8 +225,9 @@ def test_what_does_not_go() -> None:
         step_of(densenet(), clip, wiring="spiral")
     with pytest.raises(InputError, match="'semi-parallel:2' on Layered"):
         step_of(layered(), clip, wiring="semi-parallel:2")
-    with pytest.raises(InputError, match="cut into 2 stages; the rule 'sideways' wires"):
-        step_of(densenet(), clip, wiring="semi-parallel:2", num_stages=2)
+    for wiring in ("semi-parallel:2", "parallel"):
+        with pytest.raises(InputError, match="cut into 2 stages; the rule 'sideways' wires"):
+            step_of(densenet(), clip, wiring=wiring, num_stages=2)
     fed = densenet()
     fed.add_feedback()
     with pytest.raises(InputError, match="goes back over no feedback wire"):

@@ -36,24 +36,27 @@ class LiveLimit:
         self.most = limit_in_flight(machine, num_workers, max_in_flight, is_live=True)
         circuit = machine.circuit
         self._least, self._num_workers = _needed(machine), num_workers
-        self._more = self._least - 1 + look_ahead_ticks(circuit)
+        self._more = self._least - 1
         has_clocks = any(p > 1 for p in circuit.periods) or any(s.period_ticks > 1 for s in circuit.stages)
         self._is_fixed = max_in_flight is not None or machine.rule.goes_back or has_clocks
         self._times: list[deque[float]] = [deque(maxlen=NUM_TIMES) for _ in range(circuit.num_stages)]
         self.now = self.most
 
-    def book(self, fired: Cell, seconds: float) -> None:
-        """A stage has worked for so long, in any unit. Ticks in which nothing has reached it yet do not count."""
+    def book(self, fired: Cell, seconds: float) -> bool:
+        """A stage has worked for so long, in any unit; whether there is more room now. Ticks in which nothing has
+        reached it yet do not count."""
         if self._is_fixed or fired.tick <= fired.lag:
-            return
+            return False
         self._times[fired.number - 1].append(seconds)
         if min(map(len, self._times)) < NUM_KNOWN:
-            return
+            return False
         ordered = [sorted(times) for times in self._times]
         usual = [times[len(times) // 2] for times in ordered]
+        before = self.now
         if (every := max(max(usual), sum(usual) / self._num_workers)) > 0:
             frames = math.ceil(sum(times[-2] for times in ordered) / every - ROUNDING)
             self.now = max(self._least, min(self.most, self._more + frames))
+        return self.now > before
 
 
 def _needed(machine: Machine) -> int:

@@ -191,9 +191,9 @@ class _Pool:
         try:
             spent = 0.0
             while (cell := self._next_cell(cell, spent)) is not None:
-                before = cell.busy_seconds
+                began = time.perf_counter()
                 self.machine.fire(cell)
-                spent = cell.busy_seconds - before
+                spent = time.perf_counter() - began
         except BaseException as error:
             self._fail(error)
 
@@ -201,8 +201,8 @@ class _Pool:
         """Book what the fired cell has made ready, and take the next cell to fire; None when the run is over."""
         with self.lock:
             if fired is not None:
-                if self.live is not None:
-                    self.live.book(fired, spent_seconds)
+                if self.live is not None and self.live.book(fired, spent_seconds):
+                    self.room.notify()
                 self.queued.discard(fired.number)
                 self._queue((fired.number, *self.readers[fired.number]))
                 if fired.number in self.reads_sink:
