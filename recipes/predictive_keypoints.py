@@ -1,7 +1,7 @@
 """Keypoints, predicted: one net run in sequence, in two groups of stages, and fully in parallel.
 
-    SIDESTREAM_DATA=... python recipes/predictive_keypoints.py                      # all; what is done is not repeated
-    SIDESTREAM_DATA=... python recipes/predictive_keypoints.py --variants parallel "parallel, distilled" --seeds 0
+    SIDESTREAM_DATA=... python recipes/predictive_keypoints.py                      # all that have no record yet
+    SIDESTREAM_DATA=... python recipes/predictive_keypoints.py --again --seeds 0 --variants parallel "two groups"
     SIDESTREAM_DATA=... python recipes/predictive_keypoints.py --report             # table and curves from the records
 
 Paper: Carreira, Patraucean et al., "Massively Parallel Video Networks" (ECCV 2018), which predicts keypoints with a

@@ -23,6 +23,8 @@ Cell = dict[str, Any]
 Record = dict[str, Any]
 Run = Callable[[Cell, Path], TrainResult]
 HERE = Path(__file__).parent
+DONE = "done"
+"""A file in the folder of a run that is whole."""
 
 
 def main(
@@ -44,7 +46,8 @@ def main(
         usual = [value for value in values if value not in not_by_default]
         flag = f"--{name.replace('_', '-')}s"
         parser.add_argument(flag, dest=name, nargs="+", type=type(values[0]), default=usual, choices=values)
-    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here")
+    parser.add_argument("--runs", type=Path, help="keep the folders of the runs here; those that are missing are made")
+    parser.add_argument("--again", action="store_true", help="also runs that have a record, which gets a newer one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="no runs")
     given = vars(parser.parse_args())
@@ -54,7 +57,7 @@ def main(
         chosen = itertools.product(*(given[name] for name in axes))
         cells = [dict(zip(axes, values, strict=True)) for values in chosen]
         command = " ".join(["python", f"recipes/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-        run_all(cells, run, folder / "results.jsonl", command=command, runs=given["runs"])
+        run_all(cells, run, folder / "results.jsonl", command=command, runs=given["runs"], again=given["again"])
     if not known(folder / "results.jsonl"):
         print("no records yet")
         return
@@ -63,17 +66,24 @@ def main(
     print(table)
 
 
-def run_all(cells: Iterable[Cell], run: Run, results: Path, *, command: str, runs: Path | None) -> None:
+def run_all(
+    cells: Iterable[Cell], run: Run, results: Path, *, command: str, runs: Path | None, again: bool = False
+) -> None:
     """Each cell that is not in ``results`` yet is run and appended: its options, every epoch, time and machine.
 
-    ``runs``: where the folders of the runs go, with weights and checkpoints; None: they are thrown away.
+    ``runs``: where the folders of the runs go, with weights and checkpoints; a cell without a whole one is run, too.
+    None: they are thrown away. ``again``: every cell is run.
     """
     todo = list(cells)
     for number, cell in enumerate(todo, start=1):
-        if cell in [record["cell"] for record in known(results)]:
+        kept = None if runs is None else runs / "-".join(str(v) for v in cell.values())
+        is_done = (kept is None or (kept / DONE).is_file()) and cell in [record["cell"] for record in known(results)]
+        if is_done and not again:
             continue
         print(f"{number} of {len(todo)}: {cell}", flush=True)
-        folder = Path(tempfile.mkdtemp()) if runs is None else runs / "-".join(str(v) for v in cell.values())
+        if kept is not None:  # a run that was broken off, or is to be made again
+            shutil.rmtree(kept, ignore_errors=True)
+        folder = kept or Path(tempfile.mkdtemp())
         try:
             result = run(cell, folder / "run")
             record = {
@@ -88,10 +98,14 @@ def run_all(cells: Iterable[Cell], run: Run, results: Path, *, command: str, run
                 shutil.rmtree(folder)
         with json_lines(results, append=True) as write:
             write(record)
+        if kept is not None:
+            (kept / DONE).touch()
 
 
 def known(results: Path) -> list[Record]:
-    return read_json_lines(results) if results.is_file() else []
+    """A record per cell: the newest."""
+    found = read_json_lines(results) if results.is_file() else []
+    return list({tuple(sorted(record["cell"].items())): record for record in found}.values())
 
 
 def _plain(epoch: Mapping[str, Any]) -> Record:

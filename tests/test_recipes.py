@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,42 @@ def test_what_is_done_is_not_repeated(tmp_path: Path) -> None:
     assert records.mean_and_spread([0.1, 0.2, 0.6], 100) == "30.0 ± 26.5 (3)"  # variance (400 + 100 + 900) / 2 = 700
     records.draw_curves({"a": {"one": found}}, "test_accuracy", tmp_path / "c.png", label="%")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_that_are_kept_are_made_where_they_are_missing_and_others_when_asked_for(tmp_path: Path) -> None:
+    records = recipe("records")
+    results, runs, seen = tmp_path / "results.jsonl", tmp_path / "runs", []
+    cells = [{"variant": "a", "seed": seed} for seed in (1, 2)]
+
+    def run(cell: dict[str, Any], out: Path) -> Result:
+        out.mkdir(parents=True, exist_ok=False)
+        seen.append(cell["seed"])
+        if seen == [1, 2]:
+            raise RuntimeError("power cut")
+        (out / "weights").write_text(f"{cell['seed']} by run {len(seen)}", encoding="utf-8")
+        return Result(len(seen) / 8)
+
+    def go(kept: Path | None, **more: bool) -> None:
+        records.run_all(cells, run, results, command="x", runs=kept, **more)
+
+    with pytest.raises(RuntimeError):
+        go(runs)
+    go(runs)
+    assert seen == [1, 2, 2]  # what was broken off is begun anew
+    go(runs)
+    go(None)
+    assert seen == [1, 2, 2]
+    shutil.rmtree(runs / "a-1")
+    go(runs)
+    assert seen == [1, 2, 2, 1]  # as after a clone, which has the records and no weights
+    assert (runs / "a-1" / "run" / "weights").read_text(encoding="utf-8") == "1 by run 4"
+    go(runs, again=True)
+    assert seen == [1, 2, 2, 1, 1, 2]
+    assert [(r["cell"]["seed"], records.last(r, "test_accuracy")) for r in records.known(results)] == [
+        (1, 5 / 8),
+        (2, 6 / 8),
+    ]
+    assert len(read_json_lines(results)) == 5
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -132,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for record in PARTS[part](given, device, known):
             with json_lines(path, append=True) as write:
                 write({"part": part, **record, "machine": where})
+            if part in ON_THE_DEVICE:  # the others say what they do
+                print(f"{part}: {record['case']}", flush=True)
     if given.one_process:
         return
     newest = {json.dumps([r["part"], r["case"]]): r for r in records_of(path)}

@@ -37,11 +37,10 @@ def measure(
     torch.set_num_threads(1)
     for seed in seeds:
         nets = {v: net for v, net in nets_in(weights, seed).items() if {"seed": seed, "net": v} not in known}
-        if not nets:
-            continue
-        judge = Judge(lambda variant, s=seed: load(weights, f"{s}-small-{variant}", NUM_JOINTS), device, nets)
-        for name, _, tallies in tallied(judge, jhmdb_clips(8 if quick else None), (FRAME_RATE,), lambda clip: ""):
-            yield {"case": {"seed": seed, "net": name}, "frame_rate": FRAME_RATE, **tallies[""].sums}
+        for variant, net in nets.items():
+            judge = Judge(lambda v, s=seed: load(weights, f"{s}-small-{v}", NUM_JOINTS), device, {variant: net})
+            for name, _, tallies in tallied(judge, jhmdb_clips(8 if quick else None), (FRAME_RATE,), lambda clip: ""):
+                yield {"case": {"seed": seed, "net": name}, "frame_rate": FRAME_RATE, **tallies[""].sums}
 
 
 def table_of(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from sidestream.circuit.ages import information_latency_ticks, latency_ticks
 from sidestream.circuit.wire import Circuit
 from sidestream.errors import CircuitError
+from sidestream.report.words import counted
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,9 @@ class Forecast:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.num_stages} stages, {self.wiring}, {self.num_workers} workers",
-            f"latency {self.latency_ticks} ticks; a frame first counts after {self.information_latency_ticks}",
+            f"{counted(self.num_stages, 'stage')}, {self.wiring}, {counted(self.num_workers, 'worker')}",
+            f"latency {counted(self.latency_ticks, 'tick')}; a frame first counts after "
+            f"{counted(self.information_latency_ticks, 'tick')}",
         ]
         if self.frames_per_second and self.sequential_frames_per_second and self.latency_seconds is not None:
             gain = self.frames_per_second / self.sequential_frames_per_second

@@ -37,6 +37,7 @@ def bench(
     from sidestream.errors import InputError
     from sidestream.report.measure import machine
     from sidestream.report.record import json_lines
+    from sidestream.report.words import counted
 
     if seconds <= 0:
         raise InputError(f"--seconds {seconds:g}; expected more than 0")
@@ -60,7 +61,7 @@ def bench(
         ratio = t.frames_per_second / slowest
         table.add_row(t.name, f"{t.frames_per_second:.1f}", f"{ratio:.2f}", f"{t.latency_seconds * 1e3:.1f}")
     console.print(table)
-    console.print(f"fastest: {found.backend}, {found.circuit.num_stages} stages, {found.executor}")
+    console.print(f"fastest: {found.backend}, {counted(found.circuit.num_stages, 'stage')}, {found.executor}")
     with contextlib.ExitStack() as files:
         if json is not None:
             write = files.enter_context(json_lines(json, append=True))

@@ -33,6 +33,7 @@ from sidestream.cli.demo_latency_subject import (
 )
 from sidestream.clock import WallClock
 from sidestream.errors import InputError
+from sidestream.report.words import counted
 
 MODEL = "torchvision/resnet50"
 FRAME_RATE = 25.0
@@ -249,7 +250,7 @@ def _drawer(answers: Answering) -> Any:
 
 
 def _pipelined(plan: Any) -> str:
-    return f"pipelined, {plan.circuit.num_stages} stages"
+    return f"pipelined, {counted(plan.circuit.num_stages, 'stage')}"
 
 
 def _stage_ms(lane: Lane) -> list[float]:
@@ -260,7 +261,7 @@ def _stage_ms(lane: Lane) -> list[float]:
 
 def _caption(plan: Any, lanes: Sequence[Lane], is_live: bool, cores: int) -> list[str]:
     ms = " + ".join(f"{each:.0f}" for each in _stage_ms(lanes[1]))
-    stages = f"{plan.circuit.name} in {plan.circuit.num_stages} stages: {ms} ms"
+    stages = f"{plan.circuit.name} in {counted(plan.circuit.num_stages, 'stage')}: {ms} ms"
     if is_live:
         return [f"{stages}, as run.", f"Really run in real time, one worker per stage; this machine has {cores} cores."]
     kind = "processor" if plan.backend == "eager" else "wall"

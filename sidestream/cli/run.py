@@ -16,6 +16,7 @@ from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
 from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
 from sidestream.errors import InputError, SidestreamError, WriteError
+from sidestream.report.words import counted
 
 if TYPE_CHECKING:
     from sidestream.cli.answers import Reading
@@ -228,7 +229,7 @@ class Job:
 
         console = Console()
         circuit, stats = self.plan.circuit, self.running.stats
-        how = f"{circuit.num_stages} stages, {circuit.wiring}, {stats.executor}, {self.plan.backend}"
+        how = f"{counted(circuit.num_stages, 'stage')}, {circuit.wiring}, {stats.executor}, {self.plan.backend}"
         console.print(summary_table(self.summary(f"{title}: {how}")))
         choice = self.running.choice
         if reason := self.plan.note or (choice.reason if choice else ""):
