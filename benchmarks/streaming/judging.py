@@ -169,13 +169,14 @@ def right_of(pairs: Sequence[Pair], point: int | None = None) -> tuple[int, int]
 class Tally:
     """Right points of many clips, in all frames and in the settled ones, and how stale their answers were.
 
-    ``centre``: a point that is counted by itself too, in the settled frames.
+    ``centre``: a point that is counted by itself too, in the settled frames. ``settled``: the first of those.
     """
 
-    def __init__(self, centre: int | None = None) -> None:
-        self._counted: dict[str, tuple[int, int | None]] = {"": (0, None), "settled_": (SETTLED, None)}
+    def __init__(self, centre: int | None = None, settled: int = SETTLED) -> None:
+        self._settled = settled
+        self._counted: dict[str, tuple[int, int | None]] = {"": (0, None), "settled_": (settled, None)}
         if centre is not None:
-            self._counted["settled_centre_"] = SETTLED, centre
+            self._counted["settled_centre_"] = settled, centre
         self.sums = {f"{start}{name}": 0 for start in self._counted for name in ("right", "right_offline", "points")}
         self.sums |= dict.fromkeys(("frames", "misses", "settled_misses", "mismatch", "clips"), 0)
 
@@ -187,7 +188,7 @@ class Tally:
             self.sums[f"{prefix}right_offline"] += right_of(_from(first, offline), point)[0]
         counts = counts_of(live)
         self.sums["misses"] += counts.miss
-        self.sums["settled_misses"] += counts_of(_from(SETTLED, live)).miss
+        self.sums["settled_misses"] += counts_of(_from(self._settled, live)).miss
         self.sums["frames"] += counts.num_frames
         self.sums["mismatch"] += counts.mismatch
         self.sums["clips"] += 1
@@ -226,12 +227,13 @@ def tallied(
     rates: Sequence[float],
     group: Callable[[ShownClip], Any],
     centre: int | None = None,
+    settled: int = SETTLED,
 ) -> Iterator[tuple[str, float, Mapping[Any, Tally]]]:
-    """Per net and frame rate a tally of each group of clips. ``centre``: see ``Tally``."""
+    """Per net and frame rate a tally of each group of clips. ``centre``, ``settled``: see ``Tally``."""
     found: dict[tuple[str, float], dict[Any, Tally]] = {(name, rate): {} for rate in rates for name in judge.nets}
     for number, clip in enumerate(clips):
         for name, rate in found:
-            tally = found[name, rate].setdefault(group(clip), Tally(centre))
+            tally = found[name, rate].setdefault(group(clip), Tally(centre, settled))
             tally.add(*judge.pairs(name, clip, number, rate))
         judge.forget()
     for (name, rate), tallies in found.items():

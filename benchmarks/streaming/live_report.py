@@ -105,6 +105,13 @@ def all_of(own: Sequence[Record], name: str) -> list[float]:
     return [value for r in own for value in r[name]]
 
 
+def ceiling(own: Sequence[Record], baseline: Sequence[Record]) -> float | None:
+    """What the baseline has offline on the same clips; None where it did not see all of them."""
+    clips = {r["case"]["clip"] for r in own}
+    same = [r for r in baseline if r["case"]["clip"] in clips]
+    return share(same, "right_offline") if len(same) == len(clips) else None
+
+
 def rates_of(records: Sequence[Record]) -> list[float]:
     return sorted({r["case"]["rate"] for r in records})
 
@@ -146,7 +153,8 @@ def control_table(records: Sequence[Record]) -> str:
 def live_plot(records: Sequence[Record], path: Path) -> None:
     """Three panels over the camera's rate: accuracy live (dotted: offline), frames dropped, reaction.
 
-    Accuracies are shares of what the baseline has offline on the same clips, as not all rates have the same ones.
+    Accuracies are shares of what the baseline has offline on the same clips, as not all rates have the same ones; a net
+    is left out at rates at which the baseline did not see its clips.
     """
     import matplotlib
 
@@ -158,15 +166,11 @@ def live_plot(records: Sequence[Record], path: Path) -> None:
     for number, net in enumerate(dict.fromkeys(r["case"]["net"] for r in records)):
         own = {rate: found[net] for rate in rates if net in (found := by_net(records, rate))}
         style: dict[str, Any] = {"color": f"C{number}", "marker": "s" if net.startswith("predictive") else "o"}
-        ceilings = {
-            rate: share(by_net(records, rate).get(BASELINE, found), "right_offline") for rate, found in own.items()
-        }
-        live, offline = (
-            [100 * share(found, name) / ceilings[rate] if ceilings[rate] else 0.0 for rate, found in own.items()]
-            for name in ("right", "right_offline")
-        )
-        axes[0].plot(list(own), live, label=net, **style)
-        axes[0].plot(list(own), offline, color=style["color"], linestyle=":", linewidth=1)
+        ceilings = {rate: ceiling(found, by_net(records, rate).get(BASELINE, [])) for rate, found in own.items()}
+        for name, line in (("right", "-"), ("right_offline", ":")):
+            shares = {rate: 100 * share(own[rate], name) / most for rate, most in ceilings.items() if most}
+            shown = style | ({"label": net} if line == "-" else {"marker": "", "linewidth": 1})
+            axes[0].plot(list(shares), list(shares.values()), linestyle=line, **shown)
         dropped = [100 * total(r, "num_dropped") / total(r, "num_frames") for r in own.values()]
         axes[1].plot(list(own), dropped, **style)
         axes[2].plot(list(own), [percentiles(all_of(r, "reaction_ms"))[0] for r in own.values()], **style)

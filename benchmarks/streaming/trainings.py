@@ -1,7 +1,7 @@
 """Every way of training of recipes/predictive_keypoints, judged live: JHMDB's test clips on the simulated device.
 
 Distilled or not, with feedback or without, by which rule and with which batch norms: at one frame rate, each net in its
-own wiring. Seeds and variants without weights are left out.
+own wiring, on the frames of which all of them have an answer. Seeds and variants without weights are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from simulated import NUM_JOINTS, jhmdb_clips
 
 Record = dict[str, Any]
 FRAME_RATE = 30.0
+SETTLED = 16
+"""With feedback the parallel net begins in its fifteenth tick, when its first answer has gone round."""
 WIRINGS = {"sequential": "sequential", "two groups": TWO_GROUPS, "parallel": "parallel"}
 
 
@@ -39,7 +41,8 @@ def measure(
         nets = {v: net for v, net in nets_in(weights, seed).items() if {"seed": seed, "net": v} not in known}
         for variant, net in nets.items():
             judge = Judge(lambda v, s=seed: load(weights, f"{s}-small-{v}", NUM_JOINTS), device, {variant: net})
-            for name, _, tallies in tallied(judge, jhmdb_clips(8 if quick else None), (FRAME_RATE,), lambda clip: ""):
+            clips = jhmdb_clips(8 if quick else None)
+            for name, _, tallies in tallied(judge, clips, (FRAME_RATE,), lambda clip: "", settled=SETTLED):
                 yield {"case": {"seed": seed, "net": name}, "frame_rate": FRAME_RATE, **tallies[""].sums}
 
 

@@ -33,12 +33,12 @@ class Stage:
     """
 
     name: str
-    step: Callable[[Values, State], tuple[Values, State]]
+    step: Callable[[Values, State], tuple[Values, State]] = field(repr=False)
     num_inputs: int
     num_outputs: int
-    init_state: Callable[[], State] | None = None
+    init_state: Callable[[], State] | None = field(default=None, repr=False)
     """Makes the state of a new stream; None when the stage has no memory."""
-    finish: Callable[[State], Sequence[Values]] | None = None
+    finish: Callable[[State], Sequence[Values]] | None = field(default=None, repr=False)
     """The outputs that a stage with look-ahead still owes when the stream ends, in order."""
     delay_ticks: int = 0
     """Frames by which the outputs come later than the frame they belong to, layers before this stage included."""
@@ -51,11 +51,11 @@ class Stage:
     hides_state: bool = False
     """``step`` writes to buffers of the module (a batch norm in train mode, a model that counts): frames must come in
     order and once, the stage cannot be converted, and trying it out would change it."""
-    module: Any = None
+    module: Any = field(default=None, repr=False)
     """The ``nn.Module`` behind ``step`` where there is one (back ends export it; training reads its parameters)."""
-    example_inputs: Values | None = None
+    example_inputs: Values | None = field(default=None, repr=False)
     """Flat inputs with which the stage was made, where known (back ends need their shapes)."""
-    copy: Callable[[], Stage] | None = None
+    copy: Callable[[], Stage] | None = field(default=None, repr=False)
     """Makes a twin that another thread can run at the same time; None when ``step`` itself is thread-safe."""
     backend: str = "eager"
 

@@ -54,7 +54,7 @@ READ_IN = {
     "profile": "simulated",
     "policy": "simulated",
 }
-"""Flag -> the modes that read it. The seed is of random weights and of simulated runtimes."""
+"""Flag -> the modes that read it. The seed is of random weights, of a fresh head, and of simulated runtimes."""
 LEAST = {"seed": 0, "eta": -1} | dict.fromkeys(
     ("stages", "size", "num_frames", "frame_step", "max_clips", "batch_size", "threads"), 1
 )
@@ -161,6 +161,8 @@ def _check_model(given: dict[str, Any]) -> None:
     answers = create.model_info(name).task
     if answers == "pictures" or (answers == "keypoints" and head == "classes"):
         raise _wrong_head(name, answers)
+    if given["seed"] and answers == head and weights != "random" and mode_of(given) != "simulated":
+        raise InputError(f"--seed: nothing is drawn by it, as {name} has its own head and weights; leave it out")
     create.check_model(name, weights)
 
 

@@ -104,7 +104,7 @@ def measure(
     """Run ``executor`` on the same item over and over: warm up for a quarter of the time, then count for the rest.
 
     Two answers at least in either part, unless ``LIMIT_SECONDS`` (or ``seconds``, where that is more) are over after
-    the first one; then all answers count that there are, but for the first where there are more.
+    the first one; then all answers count that there are, and their latency without the first's, where there are more.
     """
     outputs = try_run(executor, itertools.repeat(item))
     began = clock.now()
@@ -116,19 +116,14 @@ def measure(
     if hasattr(outputs, "close"):
         outputs.close()
     if len(counted) >= AT_LEAST:
-        return Trial(executor, len(counted) / (ended - started), median(latency for _, latency in counted))
-    (first_at, first), *rest = warm_up + counted
-    if not rest:
-        return Trial(executor, 1 / (ended - began), first, too_few=1)
-    latencies = [latency for _, latency in rest]  # without the first, in which everything is cold
-    return Trial(executor, len(rest) / (ended - first_at), median(latencies), too_few=len(rest))
+        return Trial(executor, len(counted) / (ended - started), median(counted))
+    first, *rest = latencies = warm_up + counted  # in the first everything is cold
+    return Trial(executor, len(latencies) / (ended - began), median(rest or [first]), too_few=len(latencies))
 
 
-def _until(outputs: Iterator[Any], deadline: float, limit: float, clock: Clock) -> list[tuple[float, float]]:
-    """(When, latency) of the answers up to ``deadline``; of too few also of those up to ``limit``, and of the first
-    always."""
-    found: list[tuple[float, float]] = []
-    while not found or clock.now() < (deadline if len(found) >= AT_LEAST else limit):
-        latency = next(outputs).latency_seconds
-        found.append((clock.now(), latency))
-    return found
+def _until(outputs: Iterator[Any], deadline: float, limit: float, clock: Clock) -> list[float]:
+    """Latencies of the answers up to ``deadline``; of too few also those up to ``limit``, and of the first always."""
+    latencies: list[float] = []
+    while not latencies or clock.now() < (deadline if len(latencies) >= AT_LEAST else limit):
+        latencies.append(next(outputs).latency_seconds)
+    return latencies

@@ -43,6 +43,8 @@ RULES_OF: dict[str, tuple[str, ...]] = {
 }
 """Options that mean something to some rules only: given with another one they would be passed over."""
 BUILT_IN = ("backprop", *ON_CIRCUITS)
+PLAIN_WIRING = "parallel"
+"""That of a circuit for which none is named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +134,7 @@ class TrainConfig:
     @property
     def wired(self) -> str:
         """The wiring by name."""
-        return self.wiring or "parallel"
+        return self.wiring or PLAIN_WIRING
 
     @property
     def answers_task(self) -> str:

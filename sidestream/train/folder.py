@@ -14,7 +14,7 @@ from torch import nn
 from sidestream.errors import InputError, WriteError
 from sidestream.models.weights import save_weights
 from sidestream.report import json_lines, read_json_lines, write_text
-from sidestream.train.config import TrainConfig
+from sidestream.train.config import PLAIN_WIRING, TrainConfig
 from sidestream.train.curve import draw_curve
 from sidestream.train.diagnostics import draw_diagnostics
 
@@ -50,11 +50,14 @@ class RunFolder:
 
     def check_same(self, config: TrainConfig) -> None:
         """Raises ``InputError`` where the run was begun with other options than these."""
-        saved = read_config(self.path)["train"]
-        given = config.as_dict()
-        other = {k for k in given if k not in FREE_TO_CHANGE and saved.get(k, given[k]) != given[k]}
+        saved = (
+            TrainConfig().as_dict() | read_config(self.path)["train"]
+        )  # options that are newer than the run: default
+        saved["wiring"] = saved["wiring"] or PLAIN_WIRING
+        given = config.as_dict() | {"wiring": config.wired}
+        other = {k for k in given if k not in FREE_TO_CHANGE and saved[k] != given[k]}
         if other:
-            changes = ", ".join(f"{k} (was {saved.get(k)!r}, now {given[k]!r})" for k in sorted(other))
+            changes = ", ".join(f"{k} (was {saved[k]!r}, now {given[k]!r})" for k in sorted(other))
             raise InputError(f"a resumed run keeps its options, but these differ: {changes}; begin a new run for that")
 
     def note(self, *records: Mapping[str, Any], name: str = LOG) -> None:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from contract import assert_equal, check_cut
 from sidestream.circuit.cut import cut
 from sidestream.circuit.stage import SOURCE, Link, Stages
+from sidestream.circuit.wiring import pipelined
 from sidestream.errors import CutError, LayoutError
 
 
@@ -44,6 +45,13 @@ X = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 # --- names, fields, links
+
+
+def test_a_circuit_is_printed_without_its_weights_and_pictures(model: nn.Module) -> None:
+    text = repr(pipelined(cut(model, X, num_stages=3)))
+    assert "tensor(" not in text
+    assert "Conv2d" not in text
+    assert text.count("Stage(name=") == 3
 
 
 def test_stages_begin_at_the_named_modules(model: nn.Module) -> None:

@@ -72,6 +72,10 @@ def test_every_flag_says_where_it_is_read() -> None:
             [*LIVE, "--runtime-ms", "9", "--threads", "2", "--executor", "inline"],
             "--executor, --threads: nothing reads",
         ),
+        (
+            [*POINTS, "--weights", "w", "--seed", "3"],
+            "--seed: nothing is drawn by it, as keypoint_cnn has its own head",
+        ),
         ([*CLASSES, "--weights", "w", "--seed", "3"], "--seed: nothing reads it where classes are judged offline"),
         (
             [*LOG, "--streaming", "--out", "foo", "--frame-rate", "50"],

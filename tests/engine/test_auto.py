@@ -65,24 +65,26 @@ class FakeRuns:
 
 
 @pytest.mark.parametrize(
-    ("times", "num_answers", "rate", "too_few"),
+    ("times", "num_answers", "rate", "latency", "too_few"),
     [
-        ([0.01], 100, 100.0, 0),  # 0.25 s of warm-up and 0.75 s
-        ([0.4, 0.2], 2 + 4, 5.0, 0),
-        ([0.5], 2 + 2, 2.0, 0),
-        ([0.75], 3, 4 / 3, 2),  # the third is under way when the two seconds are over
-        ([1.5], 2, 1 / 1.5, 1),
-        ([15.0], 1, 1 / 15, 1),  # not asked for a second time
-        ([1.0, 9.0], 2, 1 / 9, 1),  # the first, in which everything is cold, is left out where there are more
+        ([0.01], 100, 100.0, 0.01, 0),  # 0.25 s of warm-up and 0.75 s
+        ([0.4, 0.2], 2 + 4, 5.0, 0.2, 0),
+        ([0.5], 2 + 2, 2.0, 0.5, 0),
+        ([0.75], 3, 4 / 3, 0.75, 3),  # the third is under way when the two seconds are over
+        ([1.5], 2, 1 / 1.5, 1.5, 2),
+        ([15.0], 1, 1 / 15, 15.0, 1),  # not asked for a second time
+        ([1.0, 9.0], 2, 2 / 10, 9.0, 2),  # the latency of the first, in which everything is cold, is left out
+        ([1.99, 0.01, 1.99], 2, 2 / 2, 0.01, 2),  # two workers: two at once, and then a wait
     ],
 )
 def test_a_trial_is_bounded_by_its_time_and_has_one_answer_at_least(
-    times: list[float], num_answers: int, rate: float, too_few: int
+    times: list[float], num_answers: int, rate: float, latency: float, too_few: int
 ) -> None:
     runs = FakeRuns(threads=times)
     trial = measure("threads", None, runs, 1.0, clock=runs.clock)
     assert runs.num_answers == {"threads": num_answers}
     assert trial.frames_per_second == pytest.approx(rate, rel=0.02)
+    assert trial.latency_seconds == latency
     assert trial.too_few == too_few
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from train.layered import random_clip
 from train.predicting import densenet
 
 from sidestream.data import synthetic_dataset
+from sidestream.errors import InputError
 from sidestream.models import create_model
 from sidestream.models.info import ModelInfo, attach_info
 from sidestream.models.parallel_densenet import ParDenseNet
 from sidestream.train import RULES, StepContext, TrainConfig, fit
 from sidestream.train.answering import Answering
+from sidestream.train.folder import RunFolder, read_config
 from sidestream.train.norms import to_train_mode
+from sidestream.train.predictive import LiveNet
 from sidestream.types import InputSpec
 
 SPEC = InputSpec(size_px=(16, 16), mean=(0.5,) * 3, std=(0.25,) * 3, layout="BTCHW", num_frames=9)
@@ -104,3 +108,30 @@ def test_train_mode_but_for_the_norms() -> None:
     assert modes["Dropout"]
     assert net.training
     assert all(m.training for m in to_train_mode(net, freeze_norms=False).modules())
+
+
+def test_a_live_net_keeps_the_modes_of_its_model() -> None:
+    net = to_train_mode(densenet(), freeze_norms=True)
+    live = LiveNet(net, torch.zeros(1, 3, 16, 16, dtype=torch.float64))
+    assert live.training
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
+
+
+def test_a_run_is_resumed_with_the_norms_and_the_wiring_that_it_has(tmp_path: Path) -> None:
+    """No wiring is the parallel one; an option that is newer than the run had its default."""
+    folder = RunFolder(tmp_path / "run", resume=False)
+    config = TrainConfig(rule="unrolled", task="keypoints")
+    folder.start(config, {})
+    folder.check_same(config.replace(wiring="parallel"))
+    with pytest.raises(InputError, match=r"wiring \(was 'parallel', now 'sequential'\)"):
+        folder.check_same(config.replace(wiring="sequential"))
+    with pytest.raises(InputError, match=r"freeze_norms \(was False, now True\)"):
+        folder.check_same(config.replace(freeze_norms=True))
+    content = read_config(folder.path)
+    del content["train"]["freeze_norms"]
+    (folder.path / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    folder.check_same(config)
+    with pytest.raises(InputError, match=r"freeze_norms \(was False, now True\)"):
+        folder.check_same(config.replace(freeze_norms=True))
