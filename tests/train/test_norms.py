@@ -110,6 +110,18 @@ def test_train_mode_but_for_the_norms() -> None:
     assert all(m.training for m in to_train_mode(net, freeze_norms=False).modules())
 
 
+def test_a_net_without_such_norms_is_refused(tmp_path: Path) -> None:
+    data = synthetic_dataset(part="train", spec=SPEC.replace(size_px=(32, 32)), num_clips=4)
+    net = create_model("simple_cnn", num_classes=data.num_classes)
+    net.add_module("norm", nn.BatchNorm3d(3, track_running_stats=False))
+    config = TrainConfig(freeze_norms=True, epochs=1, batch_size=2, device="cpu", num_workers=0)
+    with pytest.raises(
+        InputError, match=r"freeze_norms, but the net has no batch norm that keeps statistics; leave it"
+    ):
+        fit(net, data, config=config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_live_net_keeps_the_modes_of_its_model() -> None:
     net = to_train_mode(densenet(), freeze_norms=True)
     live = LiveNet(net, torch.zeros(1, 3, 16, 16, dtype=torch.float64))
