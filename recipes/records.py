@@ -149,10 +149,11 @@ def draw_curves(
         axis.set(title=title, xlabel="epoch")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(label)
+    figure.tight_layout()
     named = axes[0][-1:] if len({tuple(variants) for variants in panels.values()}) == 1 else axes[0]
     for axis in named:  # once where all panels have the same lines
-        axis.legend(fontsize=8)
-    figure.tight_layout()
+        if axis.lines:
+            axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0, -0.2))  # below, where it hides no line
     with write_beside(path) as part:
-        figure.savefig(part, dpi=110, format="png")
+        figure.savefig(part, dpi=110, format="png", bbox_inches="tight")
     plt.close(figure)

@@ -15,6 +15,7 @@ import torch
 from sidestream.circuit.net_stages import stages_of_net
 from sidestream.evals.metrics import points_from_maps
 from sidestream.evals.streaming import Answer, FrameTruth, Pair, Points, RuntimeProfile
+from sidestream.models import create_model
 from sidestream.report.record import read_json_lines
 
 BENCHMARK = Path(__file__).resolve().parent.parent / "benchmarks" / "streaming"
@@ -277,6 +278,44 @@ def test_a_seed_without_weights_is_left_out_and_what_is_known_is_not_measured(
     known = [{"seed": 3, "net": n, "frame_rate": r} for n in simulated.NETS for r in simulated.RATES]
     assert list(simulated.accuracy(device, tmp_path, [3], known, True)) == []
     assert capsys.readouterr().out == ""
+
+
+def test_trainings_are_the_variants_that_have_weights_each_in_its_wiring(bench: Any, tmp_path: Path) -> None:
+    trainings = bench("trainings")
+    for name in ("0-small-parallel, feedback", "0-small-sequential", "0-small-two groups", "1-small-parallel"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        if name != "0-small-two groups":
+            (tmp_path / name / "run" / "last.safetensors").touch()
+    found = trainings.nets_in(tmp_path, 0)
+    assert {v: (n.weights, n.wiring, n.judged_frame) for v, n in found.items()} == {
+        "sequential": ("sequential", "sequential", "answered"),
+        "parallel, feedback": ("parallel, feedback", "parallel", "newest"),
+    }
+
+
+def test_table_of_trainings_by_hand(bench: Any) -> None:
+    sums = {"settled_points": 200, "frames": 50, "misses": 10}
+    found = [
+        {"case": {"seed": s, "net": "a"}, "settled_right_offline": 80 + 2 * s, "settled_right": 60 + s, "mismatch": m}
+        for s, m in ((0, 20), (1, 30))
+    ]
+    _, rows = bench("trainings").table_of([sums | record for record in found])
+    assert rows == [["a", "40.5 [40.0, 41.0]", "30.2 [30.0, 30.5]", "0.62", "2"]]  # 50 frames over 2 * (50 - 10)
+
+
+def test_a_net_with_feedback_is_fed_what_the_device_takes(bench: Any) -> None:
+    """Its answer is made of earlier ones too, so that it cannot be looked up by its frame."""
+    judging, trainings = bench("judging"), bench("trainings")
+    device = judging.Device(RuntimeProfile(((0.0125,) * 8,)))
+
+    def net(name: str) -> Any:
+        made = create_model(judging.MODEL, num_classes=3, head="keypoints").eval()
+        if "feedback" in name:
+            made.add_feedback()
+        return made
+
+    nets = {v: trainings.Net(v, "sequential", "answered") for v in ("sequential", "sequential, feedback")}
+    assert set(judging.Judge(net, device, nets).plain) == {"sequential"}
 
 
 def test_moving_shapes_carry_their_points_and_double_their_way_with_their_speed(bench: Any) -> None:

@@ -148,6 +148,7 @@ def _check_model(given: dict[str, Any]) -> None:
             raise InputError(f"{name!r} has its own weights, but --weights {weights} was given; leave it out")
         if os.path.isdir(name) and (answers := _saved_config(name)["head"]) != head:
             raise _wrong_head(repr(name), answers)
+        _check_seed(given)
         return
     try:
         create.check_model(name)
@@ -161,9 +162,17 @@ def _check_model(given: dict[str, Any]) -> None:
     answers = create.model_info(name).task
     if answers == "pictures" or (answers == "keypoints" and head == "classes"):
         raise _wrong_head(name, answers)
-    if given["seed"] and answers == head and weights != "random" and mode_of(given) != "simulated":
-        raise InputError(f"--seed: nothing is drawn by it, as {name} has its own head and weights; leave it out")
+    if answers == head and weights != "random":
+        _check_seed(given)
     create.check_model(name, weights)
+
+
+def _check_seed(given: dict[str, Any]) -> None:
+    """Of a model with its own weights and head."""
+    if given["seed"] and mode_of(given) != "simulated":
+        raise InputError(
+            f"--seed: nothing is drawn by it, as {given['model']} has its own weights and head; leave it out"
+        )
 
 
 def check_num_outputs(given: dict[str, Any], wanted: int) -> None:

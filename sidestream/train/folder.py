@@ -50,9 +50,7 @@ class RunFolder:
 
     def check_same(self, config: TrainConfig) -> None:
         """Raises ``InputError`` where the run was begun with other options than these."""
-        saved = (
-            TrainConfig().as_dict() | read_config(self.path)["train"]
-        )  # options that are newer than the run: default
+        saved = TrainConfig().as_dict() | read_config(self.path)["train"]  # an option newer than the run: its default
         saved["wiring"] = saved["wiring"] or PLAIN_WIRING
         given = config.as_dict() | {"wiring": config.wired}
         other = {k for k in given if k not in FREE_TO_CHANGE and saved[k] != given[k]}

@@ -74,7 +74,7 @@ def test_every_flag_says_where_it_is_read() -> None:
         ),
         (
             [*POINTS, "--weights", "w", "--seed", "3"],
-            "--seed: nothing is drawn by it, as keypoint_cnn has its own head",
+            "--seed: nothing is drawn by it, as keypoint_cnn has its own w",
         ),
         ([*CLASSES, "--weights", "w", "--seed", "3"], "--seed: nothing reads it where classes are judged offline"),
         (
@@ -148,6 +148,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["--model", "points", "--head", "keypoints", "--weights", "w.pt"],
             "but --weights w.pt was given; leave it out",
+        ),
+        (
+            ["--model", "points", "--head", "keypoints", "--seed", "3"],
+            "--seed: nothing is drawn by it, as points has its own weights and head",
         ),
     ],
 )
