@@ -1,9 +1,11 @@
 # Needs Python >= 3.11 and make. Every target sets the project up first when that is missing.
 #   PYTHON=python3.12 make setup      another Python
 #   make test VENV=/tmp/venv          another virtual environment
+#   make test TORCH=2.11              that version of PyTorch, in a virtual environment of its own (.venv-torch-2.11)
 
 PYTHON ?= python3
-VENV ?= .venv
+TORCH ?=
+VENV ?= $(if $(TORCH),.venv-torch-$(TORCH),.venv)
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.sidestream-installed
 
@@ -20,7 +22,7 @@ $(STAMP): pyproject.toml
 	  echo "Sidestream needs Python >= 3.11, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1);" \
 	       "name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]' $(if $(TORCH),'torch==$(TORCH).*')
 	@touch $@
 
 demo: $(STAMP)  ## make a clip, run a model depth-parallel on it, write video, chart and table

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 hypothesis.settings.register_profile("any machine", deadline=None)  # a busy one is no failure
 hypothesis.settings.load_profile("any machine")
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, here and in what tests start, or the workers fight for cores
-    import torch
-
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+torch.set_num_threads(1)  # answers are equal to the bit on as many threads: those of a worker
 
 ROOT = Path(__file__).resolve().parent.parent
 

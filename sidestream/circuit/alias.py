@@ -76,19 +76,76 @@ def writes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> Iterator[W
     for node, entry in records.items():
         for storage in entry.writes:
             members = tuple(n for n, r in records.items() if storage in r.storages and n.op != "output")
-            places = [position[n] for n in members if n.op in CALLS]
-            last = position[node]
-            if any(n.op == "get_attr" for n in members):  # a buffer: its readers and writers stay in one stage
-                places += [position[user] for n in members for user in n.users if user.op in CALLS]
-                last = max(places)
+            fetched = [n for n in members if n.op == "get_attr"]  # a buffer: who fetches it is in one stage
+            owners = [n for n, r in records.items() if storage in r.state]
+            owners += [user for n in fetched for user in n.users if user.op in CALLS]
+            places = [position[n] for n in (*members, *owners) if n.op in CALLS]
+            last = max(position[n] for n in (node, *owners))
             yield Write(node, storage, members, min([*places, last]), last)
+
+
+def settle_assignments(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> None:
+    """Move what is written to a buffer at the very end (``self.h = ...``) up to where it is known and the old value is
+    read no more, so that the stage that holds the buffer need not reach to the end."""
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default or node.users or not records[node].writes:
+            continue
+        buffer, value = node.args[0], node.args[1]
+        if not isinstance(buffer, fx.Node) or buffer.op != "get_attr" or len(node.args) > 2:
+            continue
+        position = _positions(graph)
+        touched = records[buffer].storages | (records[value].storages if isinstance(value, fx.Node) else frozenset())
+        aliases = [n for n, r in records.items() if r.storages & touched and n.op != "output"]
+        old = [n for n in aliases if records[n].storages & records[buffer].storages]
+        waits = [user for n in old for user in n.users if user is not node]
+        waits += [n for n, r in records.items() if r.writes & touched and n is not node]
+        waits += [value] if isinstance(value, fx.Node) else []
+        if any(n.op == "output" for n in waits):
+            continue
+        behind = max((n for n in waits if n in position), key=position.__getitem__, default=None)
+        if behind is not None and position[behind] < position[node]:
+            behind.append(node)
+
+
+def copy_answers(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> bool:
+    """Where a written buffer itself is part of the answer, let the answer be a copy that is made right behind the last
+    change of it; True when there was one. (What else lies in a buffer is copied when it leaves its stage.)"""
+    output, position = graph.find_nodes(op="output")[0], _positions(graph)
+    any_copied = False
+    for node in [n for n in output.all_input_nodes if n.op == "get_attr"]:
+        writers = [w.node for w in writes(graph, records) if w.storage in records[node].storages]
+        if writers:
+            last = max(writers, key=position.__getitem__)
+            with graph.inserting_after(last):
+                output.replace_input_with(node, _clone(graph, node, like=last))
+            any_copied = True
+    return any_copied
+
+
+def in_buffers(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> set[fx.Node]:
+    """The nodes whose value lies in a buffer that is written: it must not leave its stage as it is."""
+    state = {w.storage for w in writes(graph, records) if _is_buffer(w, records)}
+    return {node for node, entry in records.items() if entry.storages & state}
+
+
+def _is_buffer(write: Write, records: Mapping[fx.Node, NodeRecord]) -> bool:
+    return any(n.op == "get_attr" for n in write.members) or any(write.storage in r.state for r in records.values())
 
 
 def forbidden_cuts(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> set[int]:
     """Positions in ``call_nodes`` before which no stage may begin."""
     position = _positions(graph)
     forbidden = {cut for w in writes(graph, records) for cut in range(w.first + 1, w.last + 1)}
-    for node in position:
+    begins = None
+    for node in position:  # what torch.func.vmap and its kin open, they close
+        name = str(getattr(node.target, "__name__", ""))
+        if name.endswith("_increment_nesting") and begins is None:
+            begins, depth = position[node], 0
+        if begins is not None:
+            depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+            if depth == 0:
+                forbidden |= set(range(begins + 1, position[node] + 1))
+                begins = None
         if node.op in CALLS and _makes_tuple(node):
             ends = [position[user] for user in node.users if user.target is operator.getitem]
             forbidden |= set(range(position[node] + 1, max(ends, default=0) + 1))

@@ -12,7 +12,7 @@ their shapes differ is not known to us.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.hidden import Watched
 from sidestream.circuit.measure import num_bytes
+from sidestream.circuit.memory import Snapshot, is_of_hook, kept
 from sidestream.circuit.stage import Link, Stage, Stages, State, Values
+from sidestream.circuit.verify import perturbed
 from sidestream.errors import CutError
 from sidestream.nn.steppable import Steppable
 
@@ -152,22 +155,32 @@ def _stage(module: nn.Module, name: str, inputs: Values) -> tuple[Stage, Values]
     if isinstance(module, Steppable):
         raise CutError(f"stage {name!r} is a streaming layer with a state; make a Chain of such layers and cut(chain)")
     step = ModuleStep(module)
-    outputs = _tried(module, name, step, inputs)
-    stage = Stage(
-        name=name,
-        step=step,
-        num_inputs=len(inputs),
-        num_outputs=len(outputs),
-        output_bytes=tuple(num_bytes(value) for value in outputs),
-        hides_state=any(_has_running_statistics(m) for m in module.modules()),
-        module=module,
-        example_inputs=inputs,
-    )
-    return stage, outputs
+    plain = Stage(name, step, len(inputs), 0, module=module, example_inputs=inputs)
+    with kept(module):
+        outputs = _tried(module, name, step, inputs)
+        watched = Watched(replace(plain, num_outputs=len(outputs), output_bytes=tuple(num_bytes(v) for v in outputs)))
+        remembers = _remembers(watched, inputs)
+    stage = watched.declared()
+    is_hidden = stage.hides_state or remembers or any(map(_has_running_statistics, module.modules()))
+    return replace(stage, hides_state=is_hidden), outputs
+
+
+def _remembers(watched: Watched, inputs: Values) -> bool:
+    """Try the stage in the mode that it is in: whether it keeps something that is no buffer, which no run can have of
+    its own."""
+    step, snapshots = watched.watching().step, []
+    for seed in range(3):
+        try:
+            with torch.no_grad():
+                step(perturbed(inputs, seed=seed), None)
+        except (RuntimeError, ValueError):  # a batch norm in train mode that sees one value, say: it will say so itself
+            return False
+        snapshots.append(Snapshot(watched.stage.module))
+    return not all(is_of_hook(path) for path in snapshots[1].changed(snapshots[2]))
 
 
 def _tried(module: nn.Module, name: str, step: Callable[..., Any], inputs: Values) -> Values:
-    """The outputs on noise like the example, in eval mode, so that trying teaches nothing to a batch norm."""
+    """The outputs on noise like the example, in eval mode."""
     modes = [(m, m.training) for m in module.modules()]
     inputs = tuple(_noise_like(value) for value in inputs)
     given = tuple(value.clone() for value in inputs)

@@ -15,6 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from sidestream.circuit.regions import RegionInterpreter, mode_of
+from sidestream.circuit.same import same_tensor
+from sidestream.circuit.stage import strides_of
 from sidestream.errors import CutError
 
 COSTS = ("measured", "parameters", "flops", "uniform")
@@ -33,14 +36,43 @@ class NodeRecord:
     """Memory in which its output lies; nodes that share one are views of each other."""
     writes: frozenset[Any]
     """Memory that it changed in place."""
+    state: frozenset[Any] = frozenset()
+    """Memory of the buffers of a module that is kept whole and may write to them."""
+    draws: bool = False
+    """It drew random numbers."""
 
 
 def record(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[fx.Node, NodeRecord]:
-    """One run of the graph that keeps, for every node, the sizes, storages and in-place writes."""
+    """One run of the graph that keeps, for every node, the sizes, storages and in-place writes.
+
+    CutError where a node fails that did not fail in the model.
+    """
     recorder = _Recorder(module)
     with undisturbed(module), torch.no_grad():
-        recorder.run(*own_copies(leaves))
+        try:
+            recorder.run(*own_copies(leaves))
+        except Exception as error:
+            raise CutError(
+                f"the graph of the model fails at {recorder.at}: {type(error).__name__}: {str(error).splitlines()[0]}; "
+                "keep the module around it whole: cut(model, example, cut=('its.dotted.name', ...))"
+            ) from error
     return recorder.records
+
+
+def hidden_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Buffers that a module which is kept whole may write to: those of the user's own classes, and batch norms' in
+    train mode. Those of torch's other modules are read only."""
+    return [
+        (m, name)
+        for m in module.modules()
+        if not type(m).__module__.startswith("torch.nn.") or _counts_frames(m)
+        for name, buffer in m._buffers.items()
+        if buffer is not None
+    ]
+
+
+def _counts_frames(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and module.training
 
 
 def measure_costs(
@@ -112,18 +144,33 @@ def one_thread() -> Iterator[None]:
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Buffers (running statistics ...) and the random state are afterwards as they were before."""
-    kept = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng():
-        yield
-    with torch.no_grad():
-        for buffer, before in kept:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
+    tables = [(m._buffers, dict(m._buffers)) for m in module.modules()]
+    kept = [(b, b.detach().clone()) for _, table in tables for b in table.values() if b is not None]
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for table, before in tables:
+            table.update(before)
+        for buffer, value in kept:
+            if not same_tensor(buffer, value):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
+                    buffer.detach().copy_(value)
 
 
 def own_copies(leaves: Sequence[Any]) -> list[Any]:
-    """The leaves with every tensor copied, so that a model that changes its input does not reach the caller's."""
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    """The leaves with every tensor copied (same values, same strides), so that none shares memory with another."""
+    return [own_copy(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+
+
+def own_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in memory of its own, laid out by the same strides; never an inference tensor."""
+    with torch.inference_mode(False), torch.no_grad():
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            return tensor.detach().clone()
+        tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+        empty = torch.empty_strided(tensor.shape, strides_of(tensor), dtype=tensor.dtype, device=tensor.device)
+        return empty.copy_(tensor)
 
 
 def _num_parameters(module: fx.GraphModule, node: fx.Node) -> int:
@@ -138,21 +185,74 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _storages(value: Any) -> frozenset[Any]:
-    return frozenset(StorageWeakRef(t.untyped_storage()) for t in _tensors(value))
+    return frozenset(map(storage_of, _tensors(value)))
 
 
-class _Recorder(fx.Interpreter):
+def storage_of(tensor: torch.Tensor) -> Any:
+    """What stands for the memory of a tensor: equal for views of each other."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):  # sparse: it has no storage
+        return id(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _Recorder(RegionInterpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.records: dict[fx.Node, NodeRecord] = {}
+        self.at = "its start"
+        self._buffers = {storage_of(b) for b in module.buffers()}
+        self._modules = {m: _states_of(m) for m in _called_modules(module)}
 
     def run_node(self, n: fx.Node) -> Any:
-        inputs = _tensors(self.fetch_args_kwargs_from_env(n)) if n.op in CALLS else []
-        versions = [t._version for t in inputs]
+        self.at = n.name
+        args, kwargs = self.fetch_args_kwargs_from_env(n) if n.op in CALLS else ((), {})
+        inputs = _tensors((args, kwargs))
+        versions = [_version(t) for t in inputs]
+        buffers = [(t, t.clone()) for t in inputs if storage_of(t) in self._buffers]
+        random_state = torch.get_rng_state() if n.op in CALLS else None
+        state = self._modules.get(self.fetch_attr(str(n.target)), []) if n.op == "call_module" else []
         value = super().run_node(n)
-        written = [t for t, version in zip(inputs, versions) if t._version != version]
-        self.records[n] = NodeRecord(num_bytes(value), _storages(value), _storages(written))
+        written = [t for t, version in zip(inputs, versions) if _version(t) != version]
+        written += [t for t, before in buffers if not same_tensor(t, before)]
+        written += _written_by_schema(n.target, args, kwargs)
+        hidden = frozenset(storage_of(b) for b in state)
+        draws = random_state is not None and not torch.equal(random_state, torch.get_rng_state())
+        self.records[n] = NodeRecord(num_bytes(value), _storages(value), _storages(written) | hidden, hidden, draws)
         return value
+
+
+def _called_modules(module: fx.GraphModule) -> set[nn.Module]:
+    return {module.get_submodule(str(n.target)) for n in module.graph.find_nodes(op="call_module")}
+
+
+def _states_of(module: nn.Module) -> list[torch.Tensor]:
+    return [owner._buffers[name] for owner, name in hidden_buffers(module)]  # type: ignore[misc]
+
+
+_NORMS = {
+    torch.ops.aten.batch_norm.default: (3, 4, 5),
+    torch.ops.aten.instance_norm.default: (3, 4, 5),
+    torch.ops.aten.native_batch_norm.default: (3, 4, 5),
+}
+"""Operators that update running statistics without saying so: where mean, variance and the flag stand."""
+
+
+def _written_by_schema(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors that an operator says it writes to, or is known to."""
+    if target in _NORMS:
+        mean, variance, flag = (args[n] if n < len(args) else None for n in _NORMS[target])
+        return [t for t in (mean, variance) if flag and t is not None]
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return []
+    values = [*args, *[kwargs.get(a.name) for a in schema.arguments[len(args) :]]]
+    named = zip(schema.arguments, values)
+    return _tensors([v for a, v in named if a.alias_info is not None and a.alias_info.is_write])
 
 
 class _Timer(fx.Interpreter):
@@ -164,13 +264,14 @@ class _Timer(fx.Interpreter):
         if n.op not in CALLS:
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        start = time.perf_counter()
-        value = getattr(self, n.op)(n.target, args, kwargs)
-        self.seconds.setdefault(n, []).append(time.perf_counter() - start)
+        with mode_of(n):
+            start = time.perf_counter()
+            value = getattr(self, n.op)(n.target, args, kwargs)
+            self.seconds.setdefault(n, []).append(time.perf_counter() - start)
         return value
 
 
-class _Flops(fx.Interpreter):
+class _Flops(RegionInterpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.flops: dict[fx.Node, int] = {}

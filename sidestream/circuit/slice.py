@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit.balance import balanced
-from sidestream.circuit.measure import Costs, given_costs, num_bytes, one_thread
+from sidestream.circuit.chain_costs import seconds_of, weights_of
+from sidestream.circuit.measure import Costs, num_bytes
 from sidestream.circuit.names import check_names, check_order
 from sidestream.circuit.stage import NOTHING, Link, Stage, State, Values
 from sidestream.errors import CutError, LayoutError
+from sidestream.models.info import info_of
 from sidestream.nn.combine import Chain
+from sidestream.nn.sliding import SlidingWindow
 from sidestream.nn.steppable import Steppable
+from sidestream.report.words import counted
 
 Sliced = tuple[tuple[Stage, ...], tuple[Link, ...], pytree.TreeSpec, pytree.TreeSpec]
 
@@ -35,9 +39,10 @@ def slice_chain(
     if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
         raise CutError("a Chain is cut with one frame as the example: cut(chain, frame_BCHW)")
     layers = dict(_flat_layers(chain))
+    _check_places(layers, num_stages)
     values = _values(layers.values(), args[0])
-    seconds = _seconds(layers.values(), values) if costs == "measured" else None
-    weights = seconds if seconds is not None else _weights(layers, costs)
+    seconds = seconds_of(layers.values(), values) if costs == "measured" else None
+    weights = seconds if seconds is not None else weights_of(layers, costs)
     if names is None:
         crossings = [float(num_bytes(value)) for value in values[:-1]]
         boundaries = balanced(weights, crossings, num_stages, num_workers=num_workers)
@@ -47,7 +52,7 @@ def slice_chain(
     for start, end in zip(starts, [*boundaries, len(layers)]):
         part = dict(list(layers.items())[start:end])
         cost_seconds = None if seconds is None else sum(seconds[start:end])
-        stage = _stage(part, values[start], values[end], cost_seconds, is_first=start == 0)
+        stage = _stage(part, values[start : end + 1], cost_seconds, is_first=start == 0)
         so_far = Chain(*list(layers.values())[:end])
         stages.append(replace(stage, delay_ticks=so_far.delay_ticks, period_ticks=so_far.period_ticks))
     in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(values[-1])
@@ -60,7 +65,9 @@ class ChainStep:
 
     chain: Chain
     in_spec: pytree.TreeSpec
-    is_stateful: bool
+    no_memory: State = None
+    """What the chain is given as its state where none of its layers has memory (nothing but Nones, but in the
+    structure that residual and parallel layers look for); None where the stage carries a state."""
     check: tuple[torch.Size, torch.dtype] | None = None
     """Shape and type of the frame, for the stage that reads the source."""
     num_outputs: int = 1
@@ -78,24 +85,32 @@ class ChainStep:
                 f"the frame was given with the shape {tuple(inputs[0].shape)}, {inputs[0].dtype}, but the chain was "
                 f"cut for {tuple(self.check[0])}, {self.check[1]}; feed that, or cut again with such an example"
             )
-        own_state = state if self.is_stateful else (None,) * len(self.chain.layers)
+        is_stateful = self.no_memory is None
+        own_state = state if is_stateful else self.no_memory
         answer, new_state = self.chain.step(pytree.tree_unflatten(inputs, self.in_spec), own_state)
         answers = (NOTHING,) * self.num_outputs if answer is NOTHING else tuple(pytree.tree_leaves(answer))
-        return answers, new_state if self.is_stateful else state
+        return answers, new_state if is_stateful else state
+
+
+Blank = tuple[pytree.TreeSpec, tuple[tuple[torch.Size, torch.dtype, torch.device], ...]]
+"""What a layer is fed, without its values."""
 
 
 @dataclass(frozen=True, eq=False)
 class ChainState:
-    """``init_state`` of a stage that is part of a chain; remembers only the shape of what the stage is fed."""
+    """``init_state`` of a stage that is part of a chain; remembers only the shapes of what each layer is fed, so that
+    the start of a stream costs no step."""
 
     chain: Chain
-    in_spec: pytree.TreeSpec
-    shapes: tuple[tuple[torch.Size, torch.dtype, torch.device], ...]
+    blanks: tuple[Blank, ...]
 
     def __call__(self) -> State:
-        blanks = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in self.shapes]
-        with torch.no_grad():
-            return self.chain.init_state(pytree.tree_unflatten(blanks, self.in_spec))
+        states = []
+        for layer, (spec, shapes) in zip(self.chain.layers, self.blanks, strict=True):
+            leaves = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in shapes]
+            with torch.no_grad():
+                states.append(layer.init_state(pytree.tree_unflatten(leaves, spec)))
+        return tuple(states)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,17 +124,20 @@ class ChainFinish:
             return [tuple(pytree.tree_leaves(answer)) for answer in self.chain.finish(state)]
 
 
-def _stage(layers: dict[str, Steppable], given: Any, made: Any, cost_seconds: float | None, *, is_first: bool) -> Stage:
+def _stage(layers: dict[str, Steppable], values: Sequence[Any], cost_seconds: float | None, *, is_first: bool) -> Stage:
+    """``values``: what goes into each layer, and the answer of the last."""
     chain, names = Chain(*layers.values()), list(layers)
     chain.training = all(layer.training for layer in layers.values())  # the flag only: the layers are the user's
-    leaves, in_spec = pytree.tree_flatten(given)
-    shapes = tuple((x.shape, x.dtype, x.device) for x in leaves)
-    init_state = ChainState(chain, in_spec, shapes)
-    is_stateful = any(leaf is not None for leaf in pytree.tree_leaves(init_state()))
-    outputs = pytree.tree_leaves(made)
+    leaves, in_spec = pytree.tree_flatten(values[0])
+    init_state = ChainState(chain, tuple(_blank(value) for value in values[:-1]))
+    first_state = init_state()
+    is_stateful = any(leaf is not None for leaf in pytree.tree_leaves(first_state))
+    no_memory = None if is_stateful else first_state
+    outputs = pytree.tree_leaves(values[-1])
+    checked = (leaves[0].shape, leaves[0].dtype) if is_first else None
     return Stage(
         name=names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}",
-        step=ChainStep(chain, in_spec, is_stateful, shapes[0][:2] if is_first else None, len(outputs)),
+        step=ChainStep(chain, in_spec, no_memory, checked, len(outputs)),
         num_inputs=len(leaves),
         num_outputs=len(outputs),
         init_state=init_state if is_stateful else None,
@@ -129,6 +147,28 @@ def _stage(layers: dict[str, Steppable], given: Any, made: Any, cost_seconds: fl
         module=chain,
         example_inputs=tuple(leaves),
     )
+
+
+def _blank(value: Any) -> Blank:
+    leaves, spec = pytree.tree_flatten(value)
+    return spec, tuple((x.shape, x.dtype, x.device) for x in leaves)
+
+
+def _check_places(layers: dict[str, Steppable], num_stages: int | str) -> None:
+    """Refuse more stages than layers before anything is measured."""
+    if not isinstance(num_stages, int) or num_stages <= len(layers):
+        return
+    windows = [layer.model for layer in layers.values() if isinstance(layer, SlidingWindow)]
+    why = f": {_name_of(windows[0])} has no exact step form and stays whole, behind a sliding window" if windows else ""
+    raise CutError(
+        f"the model has {counted(len(layers), 'place')} where a stage can begin, too few for {num_stages = }{why}; "
+        f'ask for {len(layers)} at most, or "auto"'
+    )
+
+
+def _name_of(model: nn.Module) -> str:
+    info = info_of(model)
+    return type(model).__name__ if info is None else info.name
 
 
 def _flat_layers(chain: Chain, prefix: str = "") -> list[tuple[str, Steppable]]:
@@ -146,42 +186,6 @@ def _values(layers: Iterable[Steppable], frame_BCHW: torch.Tensor) -> list[Any]:
     for layer in layers:
         values.append(layer.blank(values[-1]))
     return values
-
-
-def _seconds(layers: Iterable[Steppable], values: Sequence[Any], num_runs: int = 7) -> list[float]:
-    """Seconds of a step of each layer on one thread: the least of ``num_runs`` after a warm-up, fewer when slow."""
-    least = []
-    with one_thread(), torch.no_grad():
-        for layer, value in zip(layers, values):
-            state = _answering_state(layer, value)
-            times: list[float] = []
-            layer.step(value, state)
-            while len(times) < num_runs and sum(times) < 0.5:
-                start = time.perf_counter()
-                layer.step(value, state)
-                times.append(time.perf_counter() - start)
-            least.append(min(times))
-    return least
-
-
-def _answering_state(layer: Steppable, value: Any) -> State:
-    """A state in which the next step answers: a step that swallows its frame costs next to nothing."""
-    state = layer.init_state(value)
-    while True:
-        answer, next_state = layer.step(value, state)
-        if answer is not NOTHING:
-            return state
-        state = next_state
-
-
-def _weights(layers: dict[str, Steppable], costs: Costs) -> list[float]:
-    if not isinstance(costs, str):
-        return given_costs(costs, len(layers))
-    if costs == "parameters":
-        return [float(sum(p.numel() for p in layer.parameters())) for layer in layers.values()]
-    if costs == "uniform":
-        return [1.0] * len(layers)
-    raise CutError(f"costs={costs!r} is unknown for a Chain; choose measured, parameters or uniform, or give numbers")
 
 
 def _named(known: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, ...]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 from torch.fx.node import Argument
 
 from sidestream.circuit.alias import call_nodes
+from sidestream.circuit.regions import close_regions
 from sidestream.circuit.stage import SOURCE, Link
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "autocast")
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,13 @@ def split(module: fx.GraphModule, boundaries: Sequence[int]) -> tuple[list[Piece
     return pieces, _links(pieces, placeholders, answer, home)
 
 
-def piece_module(module: fx.GraphModule, piece: Piece, class_name: str) -> fx.GraphModule:
-    """The piece as a module of its own: flat inputs, a tuple out, the same parameters under the same names."""
+def piece_module(
+    module: fx.GraphModule, piece: Piece, class_name: str, *, copied_out: Container[fx.Node] = ()
+) -> fx.GraphModule:
+    """The piece as a module of its own: flat inputs, a tuple out, the same parameters under the same names.
+
+    ``copied_out``: nodes that are handed on as copies.
+    """
     graph, copies = fx.Graph(), {}
 
     def copied(node: fx.Node) -> fx.Node:
@@ -57,10 +66,15 @@ def piece_module(module: fx.GraphModule, piece: Piece, class_name: str) -> fx.Gr
         for attribute in node.all_input_nodes:
             copied(attribute)
         copies[node] = graph.node_copy(node, copied)
-        copies[node].meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    graph.output(fx.node.map_arg(piece.outputs, copied))
+        copies[node].meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
+    made = fx.node.map_arg(piece.outputs, copied)
+    shown = [n for n in piece.outputs if isinstance(n, fx.Node) and n in copied_out]
+    clones = {copies[n]: graph.call_function(torch.ops.aten.clone.default, (copies[n],)) for n in dict.fromkeys(shown)}
+    graph.output(fx.node.map_arg(made, lambda n: clones.get(n, n)))
     graph.lint()
-    return fx.GraphModule(module, graph, class_name)
+    result = fx.GraphModule(module, graph, class_name)
+    close_regions(result)
+    return result
 
 
 def module_path(node: fx.Node) -> str:

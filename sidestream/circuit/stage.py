@@ -7,12 +7,15 @@ delay and so makes a ``Circuit``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.same import same_leaf
 from sidestream.errors import CircuitError, LayoutError
 from sidestream.types import NOTHING as NOTHING  # a legal output of any stage
 
@@ -50,18 +53,34 @@ class Stage:
     """Size of each output for the example, where known: what a register on its wire costs."""
     hides_state: bool = False
     """``step`` writes to buffers of the module (a batch norm in train mode, a model that counts): frames must come in
-    order and once, the stage cannot be converted, and trying it out would change it."""
+    order and once, and the stage cannot be converted."""
+    init_buffers: Callable[[], State] | None = field(default=None, repr=False)
+    """Where it hides a state: makes the state of a new stream, copies of these buffers as they are now. Given None
+    instead, ``step`` works on the module's own buffers (in training); trying out a stage without it changes them."""
+    draws: bool = False
+    """``step`` draws random numbers, whose order is part of the answer."""
     module: Any = field(default=None, repr=False)
     """The ``nn.Module`` behind ``step`` where there is one (back ends export it; training reads its parameters)."""
     example_inputs: Values | None = field(default=None, repr=False)
     """Flat inputs with which the stage was made, where known (back ends need their shapes)."""
     copy: Callable[[], Stage] | None = field(default=None, repr=False)
     """Makes a twin that another thread can run at the same time; None when ``step`` itself is thread-safe."""
+    guard: Callable[[], None] | None = field(default=None, repr=False)
+    """Called at the start of each run: takes over weights that were replaced in the model, and raises CircuitError
+    where the model is no longer what was cut."""
     backend: str = "eager"
 
     @property
     def is_stateful(self) -> bool:
         return self.init_state is not None or self.hides_state
+
+    def begin(self, *, trains: bool = False) -> State:
+        """The state of a new stream, once its ``guard`` agrees. ``trains``: buffers are the model's own."""
+        if self.guard is not None:
+            self.guard()
+        if self.init_buffers is not None and not trains:
+            return self.init_buffers()
+        return self.init_state() if self.init_state is not None else None
 
     def twin(self) -> Stage:
         """A stage that may run at the same time as this one (itself where that is safe)."""
@@ -116,7 +135,7 @@ class Stages:
 
     def init_state(self) -> list[State]:
         """One state per stage, as at the start of a stream."""
-        return [s.init_state() if s.init_state else None for s in self.stages]
+        return [s.begin() for s in self.stages]
 
     def step(self, state: list[State], *args: Any, **kwargs: Any) -> tuple[Any, list[State]]:
         """One frame through all stages in a row: ``(answer, new state)``. The slow twin of every wiring."""
@@ -126,26 +145,33 @@ class Stages:
         }
         new_state = list(state)
         for number, stage in enumerate(self.stages, start=1):
-            outputs, new_state[number - 1] = stage.step(self._gather(values, number), state[number - 1])
+            outputs, new_state[number - 1] = stage.step(self.inputs_of(values, number), state[number - 1])
             values.update({(number, n): value for n, value in enumerate(outputs)})
-        return pytree.tree_unflatten(self._gather(values, K + 1), self.out_spec), new_state
+        return pytree.tree_unflatten(self.inputs_of(values, K + 1), self.out_spec), new_state
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The stages in a row on fresh state: equals the model, to the bit."""
         return self.step(self.init_state(), *args, **kwargs)[0]
 
-    def _gather(self, values: dict[tuple[int, int], Any], target: int) -> Values:
+    def inputs_of(self, values: Mapping[tuple[int, int], Any], target: int) -> Values:
+        """What stage ``target`` is given (K + 1: the leaves of the answer), of ``values`` by stage and output."""
         links = sorted((k for k in self.links if k.target == target), key=lambda k: k.input)
         return tuple(values[k.source, k.output] for k in links)
 
 
 def flatten_inputs(
-    in_spec: pytree.TreeSpec, args: tuple[Any, ...], kwargs: dict[str, Any], example: Any = None
+    in_spec: pytree.TreeSpec,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    example: Any = None,
+    *,
+    copies: bool = False,
 ) -> list[Any]:
     """Leaves of a call, refused when its structure is not the one the model was cut with.
 
     With ``example``, the ``(args, kwargs)`` of the cut, also refused when a number, flag or text in it differs:
-    those are part of the traced model. (Shapes and types of tensors are checked by the stages that read them.)
+    those are part of the traced model. Tensors are laid out in memory like the example's. (Their shapes and types are
+    checked by the stages that read them.) ``copies``: all tensors are copied, so that the caller may reuse them.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if spec != in_spec:
@@ -153,10 +179,40 @@ def flatten_inputs(
             f"the model was cut for inputs of the structure {in_spec}, but was given {spec}; "
             "call it with the same arguments, in the same order, as the example"
         )
-    for given, expected in zip(leaves, [] if example is None else pytree.tree_leaves(example)):
-        if isinstance(expected, bool | int | float | str | None) and given != expected:
-            raise LayoutError(f"the model was cut with the argument {expected!r}, but was given {given!r}; cut it anew")
-    return list(leaves)
+    return like_example(leaves, example, copies=copies)
+
+
+def like_example(leaves: Sequence[Any], example: Any = None, *, copies: bool = False) -> list[Any]:
+    """Leaves of a call that has the right structure: see ``flatten_inputs``."""
+    if example is None:
+        return [leaf.clone() if copies and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return [_like(leaf, model, copies) for leaf, model in zip(leaves, pytree.tree_leaves(example), strict=True)]
+
+
+def _like(given: Any, example: Any, copies: bool) -> Any:
+    """One leaf as the model was cut for it."""
+    if not isinstance(example, Tensor):
+        if not same_leaf(given, example):
+            raise LayoutError(f"the model was cut with the argument {example!r}, but was given {given!r}; cut it anew")
+        return given
+    if not isinstance(given, Tensor):
+        raise LayoutError(f"the model was cut for a tensor of shape {tuple(example.shape)}, but was given {given!r}")
+    if example is given and not copies:
+        return given
+    if (
+        given.layout is torch.strided
+        and given.shape == example.shape
+        and given.stride() != (wanted := strides_of(example))
+    ):
+        return torch.empty_strided(given.shape, wanted, dtype=given.dtype, device=given.device).copy_(given)
+    return given.clone() if copies else given
+
+
+def strides_of(example: Tensor) -> tuple[int, ...]:
+    """How frames like the example lie in memory: as it does, but for one that is expanded, which is filled in."""
+    if any(stride == 0 and size > 1 for size, stride in zip(example.shape, example.stride())):
+        return torch.empty(example.shape, device="meta").stride()
+    return example.stride()
 
 
 def check_links(stages: tuple[Stage, ...], links: tuple[Link, ...], num_sources: int, num_sinks: int) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import io
 import linecache
 import logging
+import os
 import re
+import sys
+import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit.opaque import keeping_whole, restore_calls
+from sidestream.circuit.regions import open_regions
 from sidestream.errors import CutError
 
-_TORCH_FOLDER = str(Path(torch.__file__).parent)
-_OWN_FOLDER = str(Path(__file__).parent)
+_TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
+_OWN_FOLDER = str(Path(__file__).parent) + os.sep
 _SHAPE_ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
@@ -37,16 +40,33 @@ class Traced:
     """Leaves of the example, one per placeholder."""
 
 
+def plain_model(model: Any) -> nn.Module:
+    """The module that is cut: what was compiled or exported, unwrapped. CutError for what is no module."""
+    if isinstance(model, torch.export.ExportedProgram):
+        return model.module()
+    while isinstance(model, nn.Module) and isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        model = model._orig_mod  # torch.compile(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CutError(f"{type(model).__name__} is compiled TorchScript, which cannot be cut; give the Python module")
+    if not isinstance(model, nn.Module):
+        name = getattr(model, "__name__", type(model).__name__)
+        raise CutError(f"the model is {name!r}, a {type(model).__name__}; give an nn.Module (put it into its forward)")
+    return model
+
+
 def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Traced:
-    """The graph of ``torch.export``; CutError names the line of the model that cannot be exported."""
+    """The graph of ``torch.export``; CutError names the line of the model that cannot be exported.
+
+    A model in eval mode is traced as it runs, without gradients.
+    """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     try:
-        with _quiet(), keeping_whole(model) as calls:
+        with _quiet(), keeping_whole(model) as calls, torch.set_grad_enabled(model.training):
             program = torch.export.export(model, args, kwargs, strict=False)
         module = program.module(check_guards=False)
     except Exception as error:
         raise CutError(
-            f"{type(model).__name__} cannot be traced at {_place(error)}: {_one_line(error)}; "
+            f"{type(model).__name__} cannot be traced at {place_of(error)}: {one_line(error)}; "
             "cut it at submodules by their dotted names instead: cut(model, example, cut=('layer2', ...)), "
             "which keeps what happens inside of submodules opaque"
         ) from error
@@ -59,6 +79,7 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
     graph.set_codegen(fx.graph.CodeGen())
     restore_calls(module, calls)
+    open_regions(module)
     for node in reversed(graph.nodes):
         if node.target in _SHAPE_ASSERTS:
             graph.erase_node(node)
@@ -76,8 +97,8 @@ def trace_around(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         except Exception as error:
             if not tracer.inside:
                 raise CutError(
-                    f"{type(model).__name__} cannot be traced at {_place(error)}, outside of any submodule: "
-                    f"{_one_line(error)}; move that code into a submodule of its own, which is then kept opaque"
+                    f"{type(model).__name__} cannot be traced at {place_of(error)}, outside of any submodule: "
+                    f"{one_line(error)}; move that code into a submodule of its own, which is then kept opaque"
                 ) from error
             opaque.add(tracer.inside)
     output = graph.find_nodes(op="output")[0]
@@ -141,16 +162,31 @@ def _erase_with_readers(graph: fx.Graph, node: fx.Node) -> None:
 def _quiet() -> Iterator[None]:
     """Without the partial graphs that a failing export prints: the error itself says what matters."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
+    level, stderr = logger.level, sys.stderr
     logger.setLevel(logging.ERROR)
+    sys.stderr = mute = _MuteHere(stderr)  # type: ignore[assignment]
     try:
-        with redirect_stderr(io.StringIO()):
-            yield
+        yield
     finally:
+        if sys.stderr is mute:
+            sys.stderr = stderr
         logger.setLevel(level)
 
 
-def _place(error: BaseException) -> str:
+class _MuteHere:
+    """Standard error that drops what this thread writes, and lets other threads' text through."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if threading.get_ident() == self._thread else self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def place_of(error: BaseException) -> str:
     """File, line and text of the innermost frame of the model's own code that led to the error."""
     chain: BaseException | None = error
     place = "an unknown place"
@@ -163,6 +199,7 @@ def _place(error: BaseException) -> str:
     return place
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The first line of what the error says, 200 characters at most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"\s+", " ", lines[0])[:200] if lines else type(error).__name__

@@ -97,8 +97,8 @@ def _circuit(given: dict[str, Any], net: Any, info: Any, spec: InputSpec) -> tup
     from sidestream.circuit.cut import cut
     from sidestream.circuit.net_stages import net_circuit
     from sidestream.circuit.wiring import wire
-    from sidestream.cli.plan import net_on_stream
     from sidestream.models.depth_net import DepthNet
+    from sidestream.models.on_stream import net_on_stream
 
     example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
     if given["stages"] is None and isinstance(net, DepthNet) and spec.frame_step == 1:

@@ -44,6 +44,8 @@ class Plan:
     input_spec: InputSpec = field(default_factory=InputSpec)
     has_points: bool = False
     """Answers are heat maps of keypoints, not logits of classes."""
+    least_frames: int = 1
+    """Frames of the shortest video to which there is an answer."""
 
 
 def check_flags(flags: ModelFlags) -> None:
@@ -75,12 +77,15 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
     from sidestream.circuit.wiring import wire
     from sidestream.engine.backends import compile_stages, cut_for_backend
     from sidestream.engine.tune import tune
+    from sidestream.models.on_stream import net_on_stream, shortest
 
     check_flags(flags)
     num_stages = parse_num_stages(flags.stages)
     say = on_progress or (lambda text: None)
     say(f"loading {flags.model}")
-    model, info = _load(flags)
+    whole, own = _load(flags)
+    model, info = net_on_stream(whole, own)
+    least = shortest(whole, own)
     labels, spec, has_points = info.labels, info.input_spec, info.task == "keypoints"
     example = torch.rand(1, 3, *spec.size_px, generator=torch.Generator().manual_seed(0))
     name = flags.model.rpartition("/")[2]
@@ -95,7 +100,7 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
             on_progress=say,
         )
         circuit = tuned.circuit.replace(name=name, input_spec=spec)
-        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec, has_points)
+        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec, has_points, least)
     say(f"cutting {flags.model} for {flags.backend}: measuring what its layers cost")
     cut_options: dict[str, Any] = {
         "num_stages": num_stages,
@@ -107,17 +112,19 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
         stages = compile_stages(cut(model, example, cut=flags.cut or None, **cut_options), flags.backend)
     else:
         stages = cut_for_backend(model, example, flags.backend, **cut_options)
-    return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec, has_points)
+    return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec, has_points, least)
 
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:
     """The model as it runs on a stream, its labels and its input spec; refuses models that answer no classes."""
-    model, info = _load(flags)
+    from sidestream.models.on_stream import net_on_stream
+
+    model, info = net_on_stream(*_load(flags))
     return model, info.labels, info.input_spec
 
 
 def _load(flags: ModelFlags) -> tuple[Any, Any]:
-    """The model as it runs on a stream, and its info; refuses models whose answers the command cannot show."""
+    """The model and its info; refuses models whose answers the command cannot show."""
     from sidestream.models import create_model, info_of
 
     model: Any = create_model(
@@ -134,23 +141,7 @@ def _load(flags: ModelFlags) -> tuple[Any, Any]:
         raise ModelError(
             f"{flags.model} answers with {info.task}, not with {known}; use the Python API (sidestream.run)"
         )
-    return net_on_stream(model, info)
-
-
-def net_on_stream(model: Any, info: Any) -> tuple[Any, Any]:
-    """The model as it is cut and fed one frame at a time, and its info.
-
-    A clip model that looks at each frame by itself is the net on frames inside, which can be cut anywhere.
-    """
-    from sidestream.models.on_stream import on_stream
-    from sidestream.nn.combine import PerFrame
-
-    if info.input_spec.layout != "BTCHW":
-        return model, info
-    chain, info = on_stream(model, info)
-    if len(chain.layers) == 1 and isinstance(frames := chain.layers[0], PerFrame):
-        return frames.module, info
-    return chain, info
+    return model, info
 
 
 def parse_num_stages(text: str) -> int | str:

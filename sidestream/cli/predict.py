@@ -16,6 +16,7 @@ import tyro
 
 from sidestream.cli.early import check_source
 from sidestream.errors import InputError, ModelError, SidestreamError, SourceError, StageError, WriteError
+from sidestream.report.words import ordinal
 from sidestream.types import Frame, InputSpec
 
 MAX_FRAMES_PER_CLIP = 250
@@ -161,7 +162,7 @@ class Tally:
     @property
     def how(self) -> str:
         """In words: how many clips of which length, and what became of their logits."""
-        every = "" if self.spec.frame_step == 1 else f", every {_ordinal(self.spec.frame_step)} frame"
+        every = "" if self.spec.frame_step == 1 else f", every {ordinal(self.spec.frame_step)} frame"
         if self.spec.layout == "BCHW":
             return f"mean of the logits of {len(self.lengths)} frames"
         if len(self.lengths) == 1:
@@ -173,15 +174,11 @@ class Tally:
 
     def _too_short(self, source: str) -> str:
         spec, least = self.spec, self.spec.min_frames or self.spec.num_frames
-        every = "" if spec.frame_step == 1 else f", every {_ordinal(spec.frame_step)} of the video"
+        every = "" if spec.frame_step == 1 else f", every {ordinal(spec.frame_step)} of the video"
         return (
             f"{source} has {self.num_frames} frames, too few for {self.name}: it reads clips of {least} frames{every}; "
             f"give a video of {(least - 1) * spec.frame_step + 1} or more"
         )
-
-
-def _ordinal(number: int) -> str:
-    return f"{number}{'nd' if number == 2 else 'rd' if number == 3 else 'th'}"
 
 
 def _check_ends(source: str) -> None:

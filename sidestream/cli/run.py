@@ -15,8 +15,8 @@ import tyro
 from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
 from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
-from sidestream.errors import InputError, SidestreamError, WriteError
-from sidestream.report.words import counted
+from sidestream.errors import InputError, SidestreamError, SourceError, WriteError
+from sidestream.report.words import counted, ordinal
 
 if TYPE_CHECKING:
     from sidestream.cli.answers import Reading
@@ -91,7 +91,7 @@ def run(
         with _status() as say:
             plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
         frames.catch_up()  # what came while the model was made ready does not count
-        job = Job(plan, frames, top_k=top_k)
+        job = Job(plan, frames, top_k=top_k, title=f"{model} on {source}")
         with _status() as say:
             say("starting" if plan.executor != "auto" else f"measuring which executor is best for {model}")
             job.running = run_circuit(
@@ -103,7 +103,7 @@ def run(
                 clock=clock,
             )
         job.work(out, json)
-        job.report(f"{model} on {source}")
+        job.report()
         return 130 if job.was_interrupted else 0
 
 
@@ -115,6 +115,8 @@ class Job:
     frames: Any
     running: Any = None
     top_k: int = 5
+    title: str = ""
+    """Model and source, in words."""
     was_interrupted: bool = False
     num_written: int = 0
     failure: SidestreamError | OSError | None = field(default=None)
@@ -148,8 +150,17 @@ class Job:
                     if self.num_written == 0:
                         raise
                     self.failure = error
+            self._check_answered()
         if self.failure is not None:
             raise self.failure
+
+    def _check_answered(self) -> None:
+        """A video that ended before the first answer is an error, and leaves no empty files."""
+        if self.num_written == 0 and not self.was_interrupted and (num_frames := self.frames.stats.num_frames):
+            raise SourceError(
+                f"{self.title}: the video has {counted(num_frames, 'frame')}, too few for an answer of this model, "
+                f"which takes {self.plan.least_frames} or more"
+            )
 
     def _open(self, files: contextlib.ExitStack, out: Path | None, json: Path | None) -> Callable[[Any], None]:
         from sidestream.cli.answers import answer_record
@@ -221,7 +232,7 @@ class Job:
             title=title,
         )
 
-    def report(self, title: str) -> None:
+    def report(self) -> None:
         """Print the closing table, what was picked and why, and what was lost on the way."""
         from rich.console import Console
 
@@ -230,12 +241,12 @@ class Job:
         console = Console()
         circuit, stats = self.plan.circuit, self.running.stats
         how = f"{counted(circuit.num_stages, 'stage')}, {circuit.wiring}, {stats.executor}, {self.plan.backend}"
-        console.print(summary_table(self.summary(f"{title}: {how}")))
+        console.print(summary_table(self.summary(f"{self.title}: {how}")))
         choice = self.running.choice
         if reason := self.plan.note or (choice.reason if choice else ""):
             console.print(f"picked: {reason}", highlight=False, markup=False)
         if (period := max(stage.period_ticks for stage in circuit.stages)) > 1:
-            console.print(f"the model answers every {period}th frame", highlight=False)
+            console.print(f"the model answers every {ordinal(period)} frame", highlight=False)
         source = self.frames.stats
         if source.num_corrupt_packets:
             console.print(f"{source.num_corrupt_packets} corrupt packets were skipped")

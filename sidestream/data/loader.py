@@ -20,6 +20,7 @@ from sidestream.data.dataset import ClipDataset, ClipItem
 from sidestream.data.pictures import Times
 from sidestream.data.sampling import random_generator
 from sidestream.errors import InputError, SourceError
+from sidestream.intra_op import use_one_thread
 
 NUM_BATCHES_AHEAD = 3
 
@@ -184,5 +185,5 @@ class _Workers:
 
 
 def _start_worker(started: threading.Barrier) -> None:
-    torch.set_num_threads(1)
+    use_one_thread()
     started.wait()

@@ -27,8 +27,8 @@ SYNTHETIC: dict[str, tuple[str, ...]] = {
 """Name -> classes. In a single frame of "synthetic" nothing but the position hints at the class."""
 NUM_CLIPS = {"train": 320, "test": 128}
 FRAME_RATE = 25.0
-NUM_FRAMES_LONGER = 8
 POINTS = ("centre", "outline 1", "outline 2", "outline 3", "outline 4")
+NUM_FRAMES_LONGER = 8
 """Videos are so many frames longer than a clip, for random starts."""
 
 

@@ -65,8 +65,10 @@ def choose(
     ``frame_rate``: the rate of a live source. Candidates that keep up with it are ranked by latency; otherwise, and
     where none keeps up, by throughput. ``try_run(executor, items)`` starts a run.
     """
-    if any(stage.hides_state for stage in circuit.stages):
+    if any(stage.hides_state and stage.init_buffers is None for stage in circuit.stages):
         return Choice("threads", "the model keeps state in its buffers, which trials would change", ())
+    if any(stage.draws for stage in circuit.stages):
+        return Choice("sequential", "the model draws random numbers, whose order is the model's in sequence only", ())
     excluded = why_not_frame_parallel(circuit)
     names = [name for name in CANDIDATES if name != "frame-parallel" or excluded is None]
     trials = tuple(measure(name, item, try_run, seconds / len(names), clock=clock) for name in names)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit.ages import latency_ticks, mixes_ages
-from sidestream.circuit.stage import flatten_inputs
+from sidestream.circuit.stage import flatten_inputs, like_example
 from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock
 from sidestream.engine.tick import Fed
@@ -33,6 +33,9 @@ class Feed:
 
     With ``has_targets`` (training) the items are pairs ``(any of these, target)``, and a tick's last leaf is the
     target, whatever it is; a repeated frame has no target. ``num_silent_ticks``: ticks without a frame that follow.
+
+    Tensors that the stream or a ``prepare`` function brings are copied, since several frames are inside at once and
+    the source may write the next one into the same memory; with ``copies=False`` it must not.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class Feed:
         clock: Clock,
         has_targets: bool = False,
         num_silent_ticks: int = 0,
+        copies: bool = True,
     ) -> None:
         self._frames = iter(frames)
+        self._copies = copies
         self._circuit = circuit
         self._prepare = prepare if prepare is not None else circuit.input_spec
         self._clock = clock
@@ -103,7 +108,8 @@ class Feed:
                 "label with each frame; several inputs go in as ((input, input), target)"
             )
         leaves, fed = self._frame_tick(item[0])
-        self._last = [_trainable(leaf) for leaf in (*leaves, item[1])]
+        target = pytree.tree_map(_copied, item[1]) if self._copies else item[1]
+        self._last = [_trainable(leaf) for leaf in (*leaves, target)]
         return self._last, fed
 
     def _frame_tick(self, item: Any) -> Tick:
@@ -111,10 +117,10 @@ class Feed:
         if isinstance(item, Frame):
             arrived_at = self._clock.now() if item.arrived_at_seconds is None else item.arrived_at_seconds
             fed = Fed(item.index, item.pts_seconds, arrived_at, item)
-            leaves = self._leaves(self._prepared(item))
+            leaves = self._leaves(self._prepared(item), copies=self._copies and callable(self._prepare))
         else:
             fed = Fed(position, math.nan, self._clock.now(), None)
-            leaves = self._leaves(item)
+            leaves = self._leaves(item, copies=self._copies)
         self._last, self.num_frames = leaves, position + 1
         return leaves, fed
 
@@ -128,26 +134,26 @@ class Feed:
         with torch.inference_mode(not self._has_targets), torch.no_grad():
             return self._prepare(frame)
 
-    def _leaves(self, item: Any) -> list[Any]:
-        spec = self._circuit.in_spec
+    def _leaves(self, item: Any, *, copies: bool) -> list[Any]:
+        spec, example = self._circuit.in_spec, self._circuit.example
         if isinstance(item, Tensor):
-            return self._checked(pytree.tree_leaves(item), spec)
+            if spec.num_leaves != 1:
+                raise LayoutError(
+                    f"the model takes {spec.num_leaves} inputs, but the stream brings one tensor per tick; "
+                    "give tuples or dicts, or prepare= a function from Frame to the model's arguments"
+                )
+            return like_example([item], example, copies=copies)
         if isinstance(item, tuple):
-            return flatten_inputs(spec, item, {}, self._circuit.example)
+            return flatten_inputs(spec, item, {}, example, copies=copies)
         if isinstance(item, dict):
-            return flatten_inputs(spec, (), item, self._circuit.example)
+            return flatten_inputs(spec, (), item, example, copies=copies)
         raise InputError(
             f"a stream item is a {type(item).__name__}; expected Frame, a tensor BCHW, a tuple of inputs or a dict"
         )
 
-    @staticmethod
-    def _checked(leaves: list[Any], spec: pytree.TreeSpec) -> list[Any]:
-        if spec.num_leaves != 1:
-            raise LayoutError(
-                f"the model takes {spec.num_leaves} inputs, but the stream brings one tensor per tick; "
-                "give tuples or dicts, or prepare= a function from Frame to the model's arguments"
-            )
-        return leaves
+
+def _copied(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _trainable(leaf: Any) -> Any:

@@ -17,10 +17,11 @@ from sidestream.engine.executors.frame_parallel import frame_parallel, undelayed
 from sidestream.engine.executors.inline import inline
 from sidestream.engine.executors.threads import threads
 from sidestream.engine.feed import Feed, Prepare
+from sidestream.engine.modes import Modes, caller_modes
 from sidestream.engine.rules.forward import Forward
 from sidestream.engine.rules.training import TrainingRule
 from sidestream.engine.tick import Machine, Rule
-from sidestream.errors import InputError
+from sidestream.errors import CircuitError, InputError
 from sidestream.report.measure import num_cores
 from sidestream.types import Frame, Output
 
@@ -136,6 +137,7 @@ def run(
     prepare: Prepare = None,
     num_threads: int | None = None,
     max_in_flight: int | None = None,
+    copy_frames: bool = True,
     clock: Clock = WALL,
 ) -> Run:
     """Run ``circuit`` on a stream and iterate over its answers.
@@ -151,12 +153,18 @@ def run(
     own ``input_spec``, where the model came with one.
     ``num_threads``: workers ("threads", "frame-parallel") or intra-op threads ("sequential"); default: all cores.
     ``max_in_flight``: see ``executors.threads``.
+    ``copy_frames``: tensors of the stream are copied when they are taken (a copy of 224 x 224 float pixels takes some
+    50 us), as a source may write the next frame into the same memory; False where it never does.
+
+    Each run begins with the state that the model has at its start, and keeps a state of its own; autocast is that of
+    the caller, on every executor. Raises CircuitError for a model that draws random numbers where their order would
+    not be the model's.
     """
     if executor not in EXECUTORS:
         raise InputError(f"unknown executor {executor!r}; expected one of {', '.join(EXECUTORS)}")
     if num_threads is not None and num_threads < 1:
         raise InputError(f"num_threads={num_threads}; expected 1 or more")
-    options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, clock)
+    options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, copy_frames, clock)
     if options.rule.goes_back and executor not in TRAINING_EXECUTORS:
         raise InputError(
             f"a training rule cannot run on executor {executor!r}, which leaves out the delays or tries things out; "
@@ -184,6 +192,7 @@ class _Options:
     prepare: Prepare
     num_threads: int
     max_in_flight: int | None
+    copy_frames: bool
     clock: Clock
 
 
@@ -191,6 +200,8 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
     clock, rule, num_threads = options.clock, options.rule, options.num_threads
     if executor == "sequential":
         circuit = undelayed(circuit)
+    if not rule.goes_back:
+        _check_draws(circuit, executor)
     feed = Feed(
         frames,
         circuit,
@@ -198,16 +209,16 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
         clock=clock,
         has_targets=rule.goes_back,
         num_silent_ticks=rule.num_silent_ticks(circuit) if isinstance(rule, TrainingRule) else 0,
+        copies=options.copy_frames,
     )
     stats = RunStats(executor, num_threads)
     if isinstance(rule, TrainingRule):
         circuit = rule.attach(circuit)
     machines = [Machine(circuit, rule)]
     outputs: Iterator[Output]
-    if executor == "inline":
-        outputs, stats.num_workers = _with_intra_op(inline(machines[0], feed, clock=clock), 1), 1
-    elif executor == "sequential":
-        outputs, stats.num_workers = _with_intra_op(inline(machines[0], feed, clock=clock), num_threads), 1
+    if executor in ("inline", "sequential"):
+        stats.num_workers, num_intra_op = 1, num_threads if executor == "sequential" else 1
+        outputs = _with_intra_op(inline(machines[0], feed, clock=clock), num_intra_op, caller_modes())
     elif executor == "threads":
         workers = stats.num_workers = min(num_threads, circuit.num_stages)
         outputs = threads(machines[0], feed, clock=clock, num_workers=workers, max_in_flight=options.max_in_flight)
@@ -216,13 +227,25 @@ def _start(circuit: Circuit, frames: Iterable[Any], executor: str, options: _Opt
     return Run(outputs, feed, machines, stats)
 
 
-def _with_intra_op(outputs: Iterator[Output], num_threads: int) -> Iterator[Output]:
-    """Let torch use ``num_threads`` inside each operator, only while an answer is being made."""
+def _check_draws(circuit: Circuit, executor: str) -> None:
+    """Random numbers come in the model's order only where each frame is done before the next begins."""
+    drawing = [stage.name for stage in circuit.stages if stage.draws]
+    is_in_order = executor in ("inline", "sequential") and all(wire.delay == 0 for wire in circuit.wires)
+    if drawing and not is_in_order and not (executor in ("inline", "threads") and len(circuit) == 1):
+        raise CircuitError(
+            f"stage {drawing[0]!r} draws random numbers, and frames that are worked on side by side would draw them in "
+            "another order than the model; use executor='sequential', or put the model into eval() before the cut"
+        )
+
+
+def _with_intra_op(outputs: Iterator[Output], num_threads: int, modes: Modes) -> Iterator[Output]:
+    """Let torch use ``num_threads`` inside each operator, in the caller's modes, only while an answer is being made."""
     while True:
         before = torch.get_num_threads()
         torch.set_num_threads(num_threads)
         try:
-            output = next(outputs, None)
+            with modes.here():
+                output = next(outputs, None)
         finally:
             torch.set_num_threads(before)
         if output is None:

@@ -64,9 +64,14 @@ def tune(
     say = on_progress or (lambda text: None)
     say("measuring what the layers cost, to cut the model into stages")
     cuts = _cuts(model, example, num_stages, search.num_threads)
-    if any(stage.hides_state for stage in cuts[-1]):
+    if any(stage.draws for stage in cuts[-1]):
+        why = "the model draws random numbers, whose order is the model's in sequence only"
+        return Tuned(pipelined(cuts[-1]), "sequential", "eager", why, ())
+    if any(stage.hides_state and stage.init_buffers is None for stage in cuts[-1]):
         why = "the model keeps state in its buffers, which trials would change"
         return Tuned(pipelined(cuts[-1]), "threads", "eager", why, ())
+    if any(stage.hides_state for stage in cuts[-1]):
+        names = ["eager"]  # no other back end runs them
     for stages in cuts:
         for name in names:
             search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto", say=say)

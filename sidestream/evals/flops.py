@@ -1,34 +1,27 @@
 """Floating-point operations, counted while the model runs: of a clip, and of an answer on a stream.
 
 A multiply-add counts as 2. ``torch.utils.flop_counter`` counts convolutions, matrix products and attention, and
-nothing else: additions, activations, norms and pooling are left out, as they are in the papers. It knows operators, so
-what is fused into one that it does not know would be missed: the LSTM kernel of the CPU is counted here, and the fused
-fast path of torch's own attention layers is switched off while counting.
+nothing else: additions, activations, norms and pooling are left out, as they are in the papers. What it misses on a CPU
+is added in ``report/flops.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from sidestream.nn.steppable import Steppable
+from sidestream.report.flops import counting_flops
 from sidestream.types import NOTHING
 
 
 def count_flops(work: Callable[[], Any]) -> int:
     """Floating-point operations of one call of ``work``, without gradients; a multiply-add is 2."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    counter = FlopCounterMode(display=False, custom_mapping=_also_counted())
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), counter:
-            work()
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with torch.no_grad(), counting_flops() as counter:
+        work()
     return int(counter.get_total_flops())
 
 
@@ -68,15 +61,3 @@ def _fed(stream: Steppable, frame_BCHW: Tensor, state: Any, num_ticks: int) -> t
         answer, state = stream.step(frame_BCHW, state)
         num_answers += answer is not NOTHING
     return num_answers, state
-
-
-def _also_counted() -> dict[Any, Callable[..., int]]:
-    """Operators that do matrix products and that torch's counter does not know."""
-    lstm = getattr(torch.ops.aten, "mkldnn_rnn_layer", None)
-    return {} if lstm is None else {lstm: _lstm_flops}
-
-
-def _lstm_flops(input_shape: Sequence[int], from_input: Any, from_hidden: Any, *_: Any, **__: Any) -> int:
-    """One layer over a sequence: the two products of each step. Shapes: (T, B, I), (gates * H, I), (gates * H, H)."""
-    num_steps = input_shape[0] * input_shape[1]
-    return 2 * num_steps * (from_input[0] * from_input[1] + from_hidden[0] * from_hidden[1])

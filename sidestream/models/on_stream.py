@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from sidestream.models.info import ModelInfo
-from sidestream.nn.combine import Chain
+from sidestream.nn.combine import Chain, PerFrame
 from sidestream.nn.pool import Newest
 from sidestream.nn.sliding import SlidingWindow
 from sidestream.nn.steppable import Steppable
@@ -30,3 +30,25 @@ def on_stream(model: nn.Module, info: ModelInfo, *, period_ticks: int | None = N
     chain = Chain(*every, *layers).train(model.training)
     fed = spec.replace(layout="BCHW", num_frames=1, min_frames=None, frame_step=1, delay_ticks=chain.delay_ticks)
     return chain, replace(info, input_spec=fed)
+
+
+def net_on_stream(model: nn.Module, info: ModelInfo) -> tuple[nn.Module, ModelInfo]:
+    """Any model made by name as it is cut and fed one frame at a time, and its info.
+
+    A frame model is that already; a clip model is its chain, and one that looks at each frame by itself the net on
+    frames inside of it, which can be cut anywhere.
+    """
+    if info.input_spec.layout != "BTCHW":
+        return model, info
+    chain, info = on_stream(model, info)
+    if len(chain.layers) == 1 and isinstance(frames := chain.layers[0], PerFrame):
+        return frames.module, info
+    return chain, info
+
+
+def shortest(model: nn.Module, info: ModelInfo) -> int:
+    """Frames of the shortest stream to which ``model`` gives an answer: a window is filled up, other clips are not."""
+    spec = info.input_spec
+    if spec.layout != "BTCHW" or not hasattr(model, "streaming"):
+        return 1
+    return ((spec.min_frames or spec.num_frames) - 1) * spec.frame_step + 1

@@ -61,8 +61,19 @@ class Stage(Steppable):
         self.slow, self.fast, self.lateral = slow, fast, lateral
 
     def init_state(self, pair: Pair) -> tuple[Any, ...]:  # type: ignore[override]
-        lateral = None if self.lateral is None else self.lateral.init_state(self.fast.blank(pair[1]))
-        return self.slow.init_state(pair[0]), self.fast.init_state(pair[1]), lateral, ((), ())
+        if self.lateral is None:
+            return self.slow.init_state(pair[0]), self.fast.init_state(pair[1]), None, ((), ())
+        fast_state, fast = self.fast.start(pair[1])
+        return self.slow.init_state(pair[0]), fast_state, self.lateral.init_state(fast), ((), ())
+
+    def start(self, pair: Pair) -> tuple[tuple[Any, ...], Pair]:
+        slow_state, slow = self.slow.start(pair[0])
+        fast_state, fast = self.fast.start(pair[1])
+        lateral_state = None
+        if self.lateral is not None:
+            lateral_state, lateral = self.lateral.start(fast)
+            slow = torch.cat([slow, lateral], dim=1)
+        return (slow_state, fast_state, lateral_state, ((), ())), (slow, fast)
 
     def step(self, pair: Pair, state: tuple[Any, ...]) -> tuple[Pair, tuple[Any, ...]]:  # type: ignore[override]
         slow, slow_state = _stepped(self.slow, pair[0], state[0])
@@ -132,6 +143,9 @@ class Undivided(Steppable):
 
     def init_state(self, frame_BCHW: Tensor) -> Any:
         return self.chain.init_state(frame_BCHW)
+
+    def start(self, frame_BCHW: Any) -> tuple[Any, Any]:
+        return self.chain.start(frame_BCHW)
 
     def step(self, frame_BCHW: Tensor, state: Any) -> tuple[Any, Any]:
         return self.chain.step(frame_BCHW, state)

@@ -73,10 +73,17 @@ class Chain(Steppable):
 
     def init_state(self, frame_BCHW: Tensor) -> tuple[Any, ...]:
         states, x = [], frame_BCHW
+        for layer in self.layers[:-1]:
+            state, x = layer.start(x)
+            states.append(state)
+        return tuple(states) + tuple(layer.init_state(x) for layer in self.layers[-1:])
+
+    def start(self, frame_BCHW: Any) -> tuple[tuple[Any, ...], Any]:
+        states, x = [], frame_BCHW
         for layer in self.layers:
-            states.append(layer.init_state(x))
-            x = layer.blank(x)
-        return tuple(states)
+            state, x = layer.start(x)
+            states.append(state)
+        return tuple(states), x
 
     def step(self, frame_BCHW: Any, state: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """One frame through all layers; behind a layer that swallows it, nothing happens (nor on ``NOTHING``)."""
@@ -141,6 +148,10 @@ class Parallel(Steppable):
     def init_state(self, frame_BCHW: Tensor) -> tuple[Any, ...]:
         states = tuple(branch.init_state(frame_BCHW) for branch in self._branches)
         return states, ((),) * len(self._branches)
+
+    def start(self, frame_BCHW: Any) -> tuple[tuple[Any, ...], Any]:
+        states, blanks = zip(*(branch.start(frame_BCHW) for branch in self._branches))
+        return (states, ((),) * len(self._branches)), self._combined(list(blanks), axis=1)
 
     def step(self, frame_BCHW: Tensor, state: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         states, queues = [], []
@@ -213,6 +224,9 @@ class Residual(Steppable):
 
     def init_state(self, frame_BCHW: Tensor) -> Any:
         return self.paths.init_state(frame_BCHW)
+
+    def start(self, frame_BCHW: Any) -> tuple[Any, Any]:
+        return self.paths.start(frame_BCHW)
 
     def step(self, frame_BCHW: Tensor, state: Any) -> tuple[Any, Any]:
         return self.paths.step(frame_BCHW, state)

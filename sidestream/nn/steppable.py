@@ -60,6 +60,10 @@ class Steppable(nn.Module, ABC):
             raise ModelError(f"{type(self).__name__} swallows its first frame, so it must define blank(frame_BCHW)")
         return answer
 
+    def start(self, frame_BCHW: Any) -> tuple[Any, Any]:
+        """``(init_state, blank)``; layers made of others find both on one way through them."""
+        return self.init_state(frame_BCHW), self.blank(frame_BCHW)
+
 
 def step_through(
     layer: Steppable, clip_BTCHW: Tensor, state: Any = None, *, and_finish: bool = False

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from sidestream.circuit.ages import lags_of
 from sidestream.circuit.balance import balanced
@@ -24,6 +23,7 @@ from sidestream.models import info_of
 from sidestream.models.depth_net import DepthNet
 from sidestream.nn.combine import Chain, PerFrame
 from sidestream.nn.steppable import Steppable
+from sidestream.report.flops import counting_flops
 from sidestream.train.skip_net import SkipNet
 from sidestream.types import NOTHING
 
@@ -142,7 +142,7 @@ def _flat(chain: Chain, prefix: str = "") -> Iterator[tuple[str, Steppable]]:
 
 def _flops(layer: Steppable, value: Any) -> float:
     """Operations of a step that answers, and one for those that are not counted (pooling, norms)."""
-    with FlopCounterMode(display=False) as counter:
+    with counting_flops() as counter:
         layer.blank(value)
     return 1.0 + counter.get_total_flops()
 

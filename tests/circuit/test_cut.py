@@ -113,6 +113,14 @@ def test_flops_and_given_costs_put_the_boundary_where_they_say() -> None:
         cut(wide, x, num_stages=2, costs=[1, 2])
 
 
+@pytest.mark.parametrize(("widths", "names"), [((4, 999, 4), ["0", "1-3"]), ((999, 4, 4), ["0-1", "2-3"])])
+def test_of_two_cuts_as_even_the_one_that_carries_less_is_taken(widths: tuple[int, ...], names: list[str]) -> None:
+    """A chain: each value crosses one cut only, the one before its reader."""
+    chain = nn.Sequential(*(nn.Linear(a, b) for a, b in zip((4, *widths), (*widths, 4), strict=True))).eval()
+    stages = cut(chain, torch.rand(1, 4), num_stages=2, costs=[50, 1, 50, 1] if widths[0] == 4 else [50, 1, 49, 1])
+    assert [s.name for s in stages] == names
+
+
 def test_auto_counts_stages_by_workers() -> None:
     deep = nn.Sequential(*[nn.Linear(4, 4) for _ in range(32)]).eval()
     counts = [len(cut(deep, torch.rand(1, 4), costs="uniform", num_workers=n)) for n in (1, 2, 4)]
@@ -296,13 +304,14 @@ def test_cutting_does_not_change_a_model_in_training(model: nn.Module) -> None:
     assert model.training
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_equal(dict(model.state_dict()), before)
-    answer = stages(X)
-    after = {k: v.clone() for k, v in model.state_dict().items()}
-    assert not torch.equal(after["stem.1.running_mean"], before["stem.1.running_mean"])
-    model.load_state_dict(before)
-    with torch.no_grad():
-        assert torch.equal(answer, model(X))
-    assert_equal(dict(model.state_dict()), after)
+    state = stages.init_state()
+    for x in (X, X + 1):  # the running statistics of a stream are its own
+        answer, state = stages.step(state, x)
+        with torch.no_grad():
+            assert_equal(dict(model.state_dict()), before)
+            assert torch.equal(answer, model(x))
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert not torch.equal(before["stem.1.running_mean"], torch.zeros(8))
 
 
 def test_cutting_works_in_inference_mode(model: nn.Module) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from contract import check_wiring
 from random_circuits import random_frames, random_stages
-from sidestream.circuit.ages import ages, information_latency_ticks, lags_of, latency_ticks, mixes_ages
+from sidestream.circuit.ages import (
+    ages,
+    information_latency_ticks,
+    lags_of,
+    latency_ticks,
+    look_ahead_ticks,
+    mixes_ages,
+)
 from sidestream.circuit.wire import Circuit, Wire
 from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, wire, with_feedback, with_periods
 from sidestream.errors import CircuitError
@@ -55,6 +64,14 @@ def test_ages_are_the_delays_of_all_paths(seed: int, depth: int) -> None:
     for circuit in (sequential(stages), pipelined(stages), parallel(stages)):
         for node, found in enumerate(ages(circuit)):
             assert found == path_delays(circuit, node)
+
+
+@given(seeds, st.lists(st.integers(0, 4), min_size=1, max_size=8))
+def test_an_answer_waits_for_the_stage_that_looks_ahead_farthest(seed: int, delays: list[int]) -> None:
+    drawn = random_stages(seed, len(delays))
+    stages = drawn.with_stages(tuple(replace(s, delay_ticks=d) for s, d in zip(drawn, delays, strict=True)))
+    answered = {link.source for link in stages.links if link.target == len(delays) + 1}
+    assert look_ahead_ticks(pipelined(stages)) == sorted(delays[n - 1] for n in answered)[-1]
 
 
 @pytest.mark.parametrize(("stage", "expected"), [(3, {1, 2}), (4, {2, 3}), (5, {2, 3, 4})])

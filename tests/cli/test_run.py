@@ -283,3 +283,15 @@ def test_what_was_answered_is_kept_when_a_later_frame_fails(
     frames = [r["frame"] for r in answers(lines)]
     assert frames == list(range(len(frames)))
     assert 0 < len(frames) <= 7
+
+
+def test_a_video_too_short_for_an_answer_is_refused_and_leaves_no_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model", "c3d", "--weights", "random", "--stages", "2", "--executor", "threads", "--threads", "1"]
+    files = ["--json", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "a.mp4")]
+    assert main(["run", "synthetic:frames=30,size=64x64", *flags, *files]) == 2
+    assert "has 30 frames, too few for an answer of this model, which takes 31 or more" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert main(["run", "synthetic:frames=31,size=64x64", *flags, *files[:2]]) == 0
+    assert [r["frame"] for r in answers(tmp_path / "a.jsonl")] == [0]

@@ -145,6 +145,9 @@ def test_the_cache_keeps_its_bound() -> None:
         ({"short": "stretch"}, InputError, "expected 'repeat' or 'loop'"),
         ({"num_clips": 0}, InputError, "num_clips=0"),
         ({"spec": SPEC.replace(num_frames=0)}, LayoutError, "clips of 0 frames"),
+        ({"spec": SPEC.replace(frame_step=0)}, LayoutError, "step 0"),
+        ({"spec": SPEC.replace(size_px=(0, 16))}, LayoutError, r"size \(0, 16\)"),
+        ({"spec": SPEC.replace(size_px=(16, 0))}, LayoutError, r"size \(16, 0\)"),
     ],
 )
 def test_wrong_options(video: Path, change: dict, error: type, message: str) -> None:
@@ -182,6 +185,14 @@ def test_the_synthetic_set_shows_what_its_labels_say(name: str) -> None:
             steps = [float((b - a).abs().sum()) for a, b in pairwise(centres)]
             assert max(steps) == pytest.approx(statistics.median(steps), rel=1e-3)  # it never bounces
         assert data[index].clip_TCHW.shape == (6, 3, 40, 56)
+
+
+def test_synthetic_videos_leave_a_clip_nine_places_to_start() -> None:
+    """A clip of 5 frames, each third one, spans 13; the video has 8 more."""
+    data = synthetic_dataset(spec=SPEC.replace(num_frames=5, frame_step=3), num_clips=4)
+    assert [len(list(data.frames(record))) for record in data.records] == [21] * 4
+    starts = {data.item(0, epoch).pts_seconds[0] for epoch in range(120)}
+    assert sorted(starts) == pytest.approx([n / 25 for n in range(9)])
 
 
 def test_synthetic_parts_differ_and_seeds_count() -> None:

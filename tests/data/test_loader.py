@@ -78,6 +78,15 @@ def test_collation() -> None:
     assert batch.clip_BTCHW.shape == (5, 3, 3, 16, 16)
 
 
+def test_each_clip_of_a_batch_has_its_own_times(tmp_path: Path) -> None:
+    """12 frames of which 3 are taken, from where the clip's random numbers say."""
+    data = open_dataset(make_folder(tmp_path / "set", num_clips=4), part="train", spec=SPEC)
+    batch = next(Loader(data, batch_size=4).batches(0))
+    of_key = {item.key: item.pts_seconds for item in (data.item(n, 0) for n in range(len(data)))}
+    assert batch.pts_seconds == tuple(of_key[key] for key in batch.keys)
+    assert len(set(batch.pts_seconds)) > 1
+
+
 def test_shards_part_the_clips_evenly() -> None:
     shards = [Loader(synthetic(), batch_size=4, shard=(n, 3)) for n in range(3)]
     orders = [loader.order(5) for loader in shards]
@@ -151,7 +160,13 @@ def test_workers_use_one_thread_each() -> None:
 
     base = synthetic(6)
     data = Watched(base.records, base.class_names, spec=SPEC, open_pictures=base._open)
-    list(Loader(data, batch_size=2, num_workers=2).batches(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        list(Loader(data, batch_size=2, num_workers=2).batches(0))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
     assert len(seen) == 6
     assert all(name.startswith("clip-decoder") and count == 1 for name, count in seen)
 

@@ -154,13 +154,15 @@ class Counting(nn.Module):
         return x.mean() + self.count
 
 
-def test_a_model_with_memory_in_its_buffers_is_not_tried_out_and_keeps_its_order() -> None:
+def test_trying_out_a_model_with_memory_in_its_buffers_leaves_no_trace() -> None:
     model, frame = Counting().eval(), torch.zeros(1, 3, 4, 4)
     tuned = tune(model, frame, backends="auto", seconds=0.1)
-    assert "state in its buffers" in tuned.reason
+    assert {t.executor for t in tuned.trials} <= {"threads", "sequential"}
+    assert tuned.backend == "eager"
+    for _ in range(2):  # each run begins with the state that the model has
+        running = run(tuned.circuit, [frame] * 4, executor="auto")
+        assert [float(o.value) for o in running] == [1.0, 2.0, 3.0, 4.0]
     assert float(model.count) == 0.0
-    running = run(tuned.circuit, [frame] * 4, executor="auto")
-    assert [float(o.value) for o in running] == [1.0, 2.0, 3.0, 4.0]
     with pytest.raises(CircuitError, match="stages with state"):
         run(tuned.circuit, [frame], executor="frame-parallel")
 

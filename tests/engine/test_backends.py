@@ -412,7 +412,7 @@ def test_a_cut_for_a_back_end_moves_towards_balance(monkeypatch: pytest.MonkeyPa
         return stages.with_stages(tuple(replace(stage, cost_seconds=cost(stage)) for stage in stages))
 
     monkeypatch.setattr(rebalance, "timed", pretended)
-    monkeypatch.setattr(rebalance, "compile_stages", lambda stages, backend: stages)
+    monkeypatch.setattr(rebalance, "compile_stages", lambda stages, backend, check: stages)
     monkeypatch.setattr(rebalance, "weigh", lambda module, leaves, costs: [1.0] * rebalance_nodes(module))
     model, example = nn.Sequential(*layers).eval(), torch.randn(1, 16)
     stages = rebalance.cut_for_backend(model, example, "pretended", num_stages=2, num_workers=2, rounds=4)

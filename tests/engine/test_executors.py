@@ -306,6 +306,26 @@ def test_workers_use_one_intra_op_thread_each() -> None:
         assert seen == [before]  # what the workers set is not left behind
 
 
+@pytest.mark.parametrize("executor", ["threads", "frame-parallel"])
+def test_workers_keep_to_one_thread_whatever_another_thread_sets_meanwhile(executor: str) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+
+    def look(inputs: Values, state: State) -> tuple[Values, State]:
+        other = threading.Thread(target=torch.set_num_threads, args=(3,))
+        other.start()
+        other.join()
+        seen.append(torch.get_num_threads())
+        return inputs, state
+
+    try:
+        list(run(pipelined(chain([look] * 2)), numbers(3), executor=executor, num_threads=2))
+    finally:
+        torch.set_num_threads(before)
+    assert len(seen) == 6
+    assert set(seen) == {1}
+
+
 def test_slow_clocks_do_the_work_that_their_periods_promise() -> None:
     counts = [0, 0, 0]
 

@@ -31,11 +31,30 @@ def test_attention_by_hand() -> None:
     q = torch.rand(rows, heads, tokens, width)
     by_hand = 2 * (2 * rows * heads * tokens * tokens * width)  # q k^T, then weights v
     assert count_flops(lambda: nn.functional.scaled_dot_product_attention(q, q, q)) == by_hand
+    few, wide = torch.rand(rows, heads, 5, width), torch.rand(rows, heads, tokens, 6)  # fewer queries, wider values
+    assert count_flops(lambda: nn.functional.scaled_dot_product_attention(few, q, wide)) == 2 * (
+        rows * heads * 5 * tokens * (width + 6)
+    )
     layer, dim = nn.MultiheadAttention(12, 3, batch_first=True).eval(), 12
     x = torch.rand(rows, tokens, dim)
     projections = 2 * rows * tokens * dim * 4 * dim
     scores = 2 * (2 * rows * tokens * tokens * dim)
     assert count_flops(lambda: layer(x, x, x, need_weights=False)) == projections + scores
+
+
+def test_a_transformer_layer_by_hand() -> None:
+    """In evaluation torch runs it as one fused operator, which would count as nothing."""
+    layer, tokens, dim, hidden = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True).eval(), 7, 12, 20
+    by_hand = 2 * (4 * tokens * dim * dim + 2 * tokens * tokens * dim + 2 * tokens * dim * hidden)
+    assert count_flops(lambda: layer(torch.rand(1, tokens, dim))) == by_hand
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_matrix_times_vector_by_hand() -> None:
+    matrix, vector = torch.rand(5, 7), torch.rand(7)
+    assert count_flops(lambda: matrix @ vector) == 2 * 5 * 7
+    assert count_flops(lambda: torch.addmv(torch.rand(5), matrix, vector)) == 2 * 5 * 7
+    assert count_flops(lambda: nn.Linear(7, 5)(vector)) == 2 * 5 * 7
 
 
 @pytest.mark.parametrize(("kind", "num_gates"), [(LSTM, 4), (GRU, 3)])

@@ -9,13 +9,28 @@ of timm laid out without memory for weights. Left out: foreign models of more th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from functools import cache
 from pathlib import Path
 
+import model_zoo
 import pytest
 import torch
+from model_zoo import (
+    FIXED_SIZE,
+    FOREIGN,
+    HUGE,
+    TIMM_FEW,
+    TORCHVISION,
+    clip_of,
+    lengths,
+    lively,
+    on_meta,
+    rule_of,
+    sizes_px,
+    spec_of,
+    timm_names,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -26,12 +41,10 @@ from sidestream.models.guard import SizeRule
 from sidestream.nn.steppable import step_through
 from sidestream.types import InputSpec
 
-OWN = [name for name in list_models() if "/" not in name and model_info(name).task not in ("keypoints", "pictures")]
+OWN = [name for name in model_zoo.OWN if model_info(name).task not in ("keypoints", "pictures")]
 """Those that answer classes; the others are in test_autoencoder."""
 FEW = ["frame_efficientnet_lite0", "cnn_gru", "c3d", "r3d_18", "i3d", "slowfast_r50", "tsm_mobilenet_v2_online"]
 FEW_TRACED = ["frame_efficientnet_lite0", "r3d_18", "tsm_mobilenet_v2_online"]
-FIXED_SIZE = {"videomae": 224, "vivit": 224, "frame_vit": 224}
-"""Beginning of a name -> the one size it takes; it refuses others."""
 NO_RNN = "Dynamo does not support RNN, GRU, or LSTM"
 NO_COMPILE = {"cnn_lstm": NO_RNN, "cnn_gru": NO_RNN, "timm/sequencer2d_*": NO_RNN}
 """Names -> what the error says. The tests check that it still does, so that nothing stays listed that works by now."""
@@ -43,23 +56,6 @@ NUM_CLASSES = 7
 def every(names: list[str], few: list[str]) -> list[object]:
     """A parameter per name; those that are not among the few are slow."""
     return [pytest.param(name, marks=[] if name in few else [pytest.mark.slow]) for name in names]
-
-
-@cache
-def spec_of(name: str) -> InputSpec:
-    return model_info(name).input_spec
-
-
-def sizes_px(name: str) -> list[tuple[int, int]]:
-    fixed = [size for start, size in FIXED_SIZE.items() if name.startswith(start)]
-    return [(fixed[0], fixed[0])] if fixed else [(64, 64), (96, 128)]
-
-
-def lengths(name: str) -> list[int]:
-    spec = spec_of(name)
-    if spec.min_frames is None:
-        return [spec.num_frames]
-    return [spec.min_frames, max(spec.min_frames + 3, 9)]
 
 
 def inputs(name: str) -> Iterator[Tensor]:
@@ -86,23 +82,8 @@ def model_of(name: str, made: dict[str, nn.Module]) -> nn.Module:
     if name not in made:
         made.clear()
         torch.manual_seed(0)
-        made[name] = _lively(create_model(name, num_classes=NUM_CLASSES), list(inputs(name))[-1])
+        made[name] = lively(create_model(name, num_classes=NUM_CLASSES), list(inputs(name))[-1])
     return made[name]
-
-
-@torch.no_grad()
-def _lively(model: nn.Module, given: Tensor) -> nn.Module:
-    """Fresh weights that start at zero would hide what they multiply, fresh batch norms let signals fade or grow."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and not parameter.any():
-            nn.init.normal_(parameter, std=0.02)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = None  # the statistics of what it has seen
-        norm.train()
-    if norms:
-        model(torch.cat([given, given.flip(-1) * 0.7]))
-    return model.eval()
 
 
 @pytest.mark.parametrize("name", every(OWN, FEW), scope="module")
@@ -214,47 +195,12 @@ def values(answers: object) -> list[Tensor]:
     return list(answers.values()) if isinstance(answers, dict) else [answers]  # type: ignore[list-item]
 
 
-TORCHVISION = list_models("torchvision/*")
 FEW_OF_TORCHVISION = [
     "torchvision/mobilenet_v3_small",
     "torchvision/mnasnet0_5",
     "torchvision/lraspp_mobilenet_v3_large",
 ]
 MOST_FRAMES = 32
-HUGE = 150_000_000
-"""Parameters; larger models of the other libraries are not made here, but for their layout (``on_meta``)."""
-
-
-def one_per_module(names: list[str], module_of: Callable[[str], str]) -> list[str]:
-    """The smallest of each module, by what the names say."""
-    found: dict[str, str] = {}
-    for name in sorted(names, key=lambda n: (not any(w in n for w in ("tiny", "small", "400mf")), len(n), n)):
-        found.setdefault(module_of(name), name)
-    return sorted(found.values())
-
-
-def module_of_torchvision(name: str) -> str:
-    from torchvision.models import get_model_builder
-
-    return get_model_builder(name.partition("/")[2]).__module__
-
-
-@cache
-def timm_names() -> list[str]:
-    """All that timm can make, without the tags of weights."""
-    import timm
-
-    return [f"timm/{name}" for name in timm.list_models()]
-
-
-def module_of_timm(name: str) -> str:
-    import timm
-
-    return timm.model_entrypoint(name.partition("/")[2]).__module__
-
-
-TIMM_FEW = one_per_module(timm_names(), module_of_timm)
-TRACED = [*one_per_module(TORCHVISION, module_of_torchvision), *TIMM_FEW]
 
 
 @pytest.mark.parametrize("name", every([*TORCHVISION, *TIMM_FEW], FEW_OF_TORCHVISION))
@@ -279,7 +225,7 @@ def test_of_another_library(name: str, tmp_path: Path) -> None:
             model(wrong)
 
 
-@pytest.mark.parametrize("name", every(TRACED, ["torchvision/alexnet"]))
+@pytest.mark.parametrize("name", every(FOREIGN, ["torchvision/alexnet"]))
 def test_of_another_library_compiles_and_exports(name: str) -> None:
     model, spec, rule = foreign(name)
     check_traces(name, model, others(model, spec, rule)[0][:1])
@@ -292,27 +238,6 @@ def foreign(name: str) -> tuple[nn.Module, InputSpec, SizeRule]:
     torch.manual_seed(0)
     model = create_model(name)
     return model, spec_of(name), rule_of(model)
-
-
-def on_meta(name: str) -> nn.Module:
-    """Without memory for its weights, where it can be made so."""
-    try:
-        with torch.device("meta"):
-            return create_model(name)
-    except (NotImplementedError, RuntimeError):  # some read numbers while they are made
-        return create_model(name)
-
-
-def rule_of(model: nn.Module) -> SizeRule:
-    if isinstance(model, ClipBorder):
-        return model.sizes
-    (hook,) = model._forward_pre_hooks.values()
-    return hook.args[1]
-
-
-def clip_of(spec: InputSpec, num_frames: int, size_px: tuple[int, int], batch: int) -> Tensor:
-    frames = () if spec.layout == "BCHW" else (num_frames,)
-    return torch.randn(batch, *frames, 3, *size_px, generator=torch.Generator().manual_seed(1))
 
 
 def others(model: nn.Module, spec: InputSpec, rule: SizeRule) -> list[Tensor]:

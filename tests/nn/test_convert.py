@@ -98,12 +98,33 @@ def test_streaming_layers_stay_as_they_are() -> None:
         (nn.AdaptiveAvgPool3d(1), "AdaptiveAvgPool3d has no streaming form of its own; .*RunningMean"),
         (nn.InstanceNorm3d(3), "InstanceNorm3d has no streaming form"),
         (nn.MaxPool3d(2, ceil_mode=True), "ceil_mode"),
+        (nn.MaxPool3d(2, return_indices=True), "return_indices"),
+        (nn.MaxPool3d(2, dilation=2), "dilation"),
+        (nn.MaxPool3d(2, dilation=(1, 1, 2)), "dilation"),
+        (nn.AvgPool3d(2, ceil_mode=True), "ceil_mode"),
+        (nn.AvgPool3d(2, divisor_override=3), "divisor_override"),
         (nn.AvgPool3d(3, padding=1, count_include_pad=False), "count_include_pad=False"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(module: nn.Module, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         to_streaming(nn.Sequential(nn.ReLU(), module))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool3d(2, dilation=1),
+        nn.MaxPool3d(2, dilation=(1, 1, 1)),
+        nn.AvgPool3d(2, padding=1),
+        nn.AvgPool3d(2, padding=0, count_include_pad=False),
+        nn.AvgPool3d(2, padding=(0, 0, 0), count_include_pad=False),
+    ],
+)
+def test_poolings_with_every_way_to_say_nothing_special(pool: nn.Module) -> None:
+    expected = pool(clip(8).transpose(1, 2)).transpose(1, 2)
+    answers, _ = step_through(to_streaming(pool), clip(8), and_finish=True)
+    torch.testing.assert_close(answers, expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["r3d_18", "r2plus1d_18"])

@@ -25,12 +25,15 @@ def test_both_ways(num_channels: int, num_div: int) -> None:
     assert torch.equal(step_through(TemporalShift(num_div), clip_BTCHW)[0], expected[:, :-1])  # the last one is owed
 
 
-def test_online() -> None:
-    clip_BTCHW = torch.rand(1, 4, 16, 2, 2)
+@pytest.mark.parametrize(("num_channels", "share", "num_shifted"), [(16, 1 / 8, 2), (12, 1 / 8, 1), (7, 1 / 4, 1)])
+def test_online(num_channels: int, share: float, num_shifted: int) -> None:
+    """Of a share that is no whole number of channels the part is left out, as TSM does (``fold = c // n_div``)."""
+    clip_BTCHW = torch.rand(1, 4, num_channels, 2, 2)
     expected = clip_BTCHW.clone()
-    expected[:, 1:, :2] = clip_BTCHW[:, :-1, :2]
-    expected[:, 0, :2] = 0
-    assert torch.equal(step_through(OnlineShift(), clip_BTCHW)[0], expected)
+    expected[:, 1:, :num_shifted] = clip_BTCHW[:, :-1, :num_shifted]
+    expected[:, 0, :num_shifted] = 0
+    assert torch.equal(OnlineShift(share)(clip_BTCHW), expected)
+    assert torch.equal(step_through(OnlineShift(share), clip_BTCHW)[0], expected)
 
 
 def test_too_few_shares_are_refused() -> None:

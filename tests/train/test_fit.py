@@ -60,6 +60,31 @@ def test_two_half_batches_accumulated_are_one_batch(tmp_path: Path) -> None:
     assert torch.allclose(nets[0][1].weight, nets[1][1].weight, atol=1e-6)
 
 
+def test_the_batches_left_over_at_the_end_of_an_epoch_make_an_update(tmp_path: Path, one_thread: None) -> None:
+    """5 batches, 2 an update: the third update of an epoch has one batch, which counts as much as any other."""
+    ours, theirs = tiny_net(dropout=0.0), tiny_net(dropout=0.0)
+    changes = {"schedule": "constant", "warmup_epochs": 0.0, "weight_decay": 0.0, "clip_norm": None}
+    config = CONFIG.replace(accumulate=2, epochs=2, **changes)
+    assert fit(ours, tiny_data(), config=config, out=tmp_path / "run").num_updates == 6
+    optimizer = torch.optim.SGD(theirs.parameters(), lr=config.lr, momentum=0.9, nesterov=True)
+    for epoch in range(2):
+        batches = list(Loader(tiny_data(), batch_size=8, seed=config.seed, num_workers=0).batches(epoch))
+        for numbers in ((0, 1), (2, 3), (4,)):
+            optimizer.zero_grad()
+            for n in numbers:
+                (F.cross_entropy(theirs(batches[n].clip_BTCHW), batches[n].labels_B) / 2).backward()
+            optimizer.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_every_epoch_counts_its_own_clips_only(tmp_path: Path) -> None:
+    """A net that always answers class 0: its loss and its accuracy on 40 clips are those of chance, epoch by epoch."""
+    result = tiny_fit(tmp_path / "run", epochs=3, net=Frozen())
+    labels = [record.label for record in tiny_data().records]
+    assert [r["train_accuracy"] for r in result.history] == pytest.approx([labels.count(0) / 40] * 3)
+    assert [r["train_loss"] for r in result.history] == pytest.approx([math.log(4)] * 3, rel=1e-5)
+
+
 def test_it_learns_which_way_a_shape_goes(tmp_path: Path) -> None:
     """Four directions: chance is 0.25, with a standard error of 0.034 on 160 clips."""
     spec = InputSpec(size_px=(24, 24), mean=(0.5,) * 3, std=(0.25,) * 3, layout="BTCHW", num_frames=6)

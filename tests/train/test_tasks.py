@@ -297,21 +297,28 @@ def test_answers_are_clamped_to_what_a_pixel_can_be() -> None:
     assert scores.loss == 9
 
 
-def test_the_loss_of_heat_maps_cell_by_cell() -> None:
+@pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 6), (5, 3)])
+def test_the_loss_of_heat_maps_cell_by_cell(height: int, width: int) -> None:
     points_BP3 = random_points(2, 1, 4)[:, 0]
-    maps = torch.randn(2, 4, 4, 4, dtype=torch.float64)
+    maps = torch.randn(2, 4, height, width, dtype=torch.float64)
     losses = []
     for b in range(2):
         for p in range(4):
             x, y, visible = points_BP3[b, p].tolist()
-            cells = [(r, c) for r in range(4) for c in range(4)]
+            cells = [(r, c) for r in range(height) for c in range(width)]
             weights = [math.exp(-((4 * c + 2 - x) ** 2 + (4 * r + 2 - y) ** 2) / (2 * 4.0**2)) for r, c in cells]
             log_sum = math.log(sum(math.exp(maps[b, p, r, c]) for r, c in cells))
             entropy = -sum(w * (maps[b, p, r, c] - log_sum) for w, (r, c) in zip(weights, cells, strict=True))
             losses += [float(entropy) / sum(weights)] if visible else []
     assert 2 <= len(losses) < 8
-    found = KeypointTask().frame_loss(maps, (points_BP3, (16, 16)))
+    found = KeypointTask().frame_loss(maps, (points_BP3, (4 * height, 4 * width)))
     assert float(found) == pytest.approx(sum(losses) / len(losses))
+
+
+def test_heat_maps_whose_cells_are_not_square_are_refused() -> None:
+    maps, points_BP3 = torch.zeros(1, 2, 4, 6), torch.ones(1, 2, 3)
+    with pytest.raises(InputError, match="heat maps of 4 x 6 cells do not lie on frames of 24 x 16 px"):
+        KeypointTask().frame_loss(maps, (points_BP3, (24, 16)))
 
 
 class Answers(nn.Module):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sidestream.circuit.stage import Stage
-from sidestream.engine.backends.tensors import BackendOptions, TensorModule, cannot, check, converted, draw_plan
+from sidestream.engine.backends.check import check, handed_through, owned
+from sidestream.engine.backends.tensors import BackendOptions, TensorModule, cannot, converted, draw_plan
 from sidestream.errors import BackendError
 
 
@@ -31,7 +32,7 @@ def compile_stage(stage: Stage, options: BackendOptions) -> Stage:
         raise cannot(stage.name, "inductor", f"it has no precision {options.precision!r} here, only 'float32'")
     plan = draw_plan(stage, "inductor")
     if not plan.expected:
-        return converted(stage, plan, "inductor", lambda tensors: ())
+        return handed_through(stage, plan, "inductor", options)
     # The plan checks shapes and types, so Dynamo's guards are dropped: no thread ever recompiles because its thread
     # count or gradient mode differs. Dynamo files its results by code object: each stage needs one of its own.
     compiled = torch.compile(
@@ -45,18 +46,26 @@ def compile_stage(stage: Stage, options: BackendOptions) -> Stage:
         },
     )
 
-    def runtime(tensors: list[Tensor]) -> Sequence[Tensor]:
+    layouts = [(tensor.shape, tensor.stride()) for tensor in plan.tensors]
+
+    def run(tensors: list[Tensor]) -> Sequence[Tensor]:
         with torch.no_grad():
-            return compiled(*tensors)
+            return compiled(*[_laid_out(tensor, *layout) for tensor, layout in zip(tensors, layouts, strict=True)])
 
     try:
         with _intra_op_threads(options.num_threads):
-            check(plan, "inductor", runtime)
+            runtime = owned(plan, run)
+            check(plan, "inductor", runtime, level=options.check)
     except BackendError:
         raise
     except Exception as error:
         raise cannot(stage.name, "inductor", f"{type(error).__name__}: {error}") from error
     return converted(stage, plan, "inductor", runtime)
+
+
+def _laid_out(tensor: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """``tensor`` in the memory layout that the code was made for."""
+    return tensor if tensor.stride() == stride else tensor.new_empty_strided(shape, stride).copy_(tensor)
 
 
 def _with_own_code(module: nn.Module) -> Callable[..., Any]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sidestream.circuit.stage import Stage
+from sidestream.engine.backends.check import check, handed_through, owned
 from sidestream.engine.backends.onnx_export import input_number, missing_exporter, onnx_bytes
-from sidestream.engine.backends.tensors import BackendOptions, Runtime, cannot, check, converted, draw_plan
+from sidestream.engine.backends.tensors import BackendOptions, Runtime, cannot, converted, draw_plan
 from sidestream.errors import BackendError
 
 
@@ -26,11 +27,11 @@ def compile_stage(stage: Stage, options: BackendOptions) -> Stage:
         raise cannot(stage.name, "onnxruntime", f"it has no precision {options.precision!r} here, only 'float32'")
     plan = draw_plan(stage, "onnxruntime")
     if not plan.expected:
-        return converted(stage, plan, "onnxruntime", lambda tensors: ())
+        return handed_through(stage, plan, "onnxruntime", options)
     onnx_model = onnx_bytes(plan, "onnxruntime")
     try:
-        runtime = session_runtime(session(onnx_model, num_threads=options.num_threads))
-        check(plan, "onnxruntime", runtime)
+        runtime = owned(plan, session_runtime(session(onnx_model, num_threads=options.num_threads)))
+        check(plan, "onnxruntime", runtime, level=options.check)
     except BackendError:
         raise
     except Exception as error:

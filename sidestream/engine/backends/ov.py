@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from sidestream.circuit.stage import Stage
+from sidestream.engine.backends.check import check, handed_through
 from sidestream.engine.backends.onnx_export import input_number, missing_exporter, onnx_bytes
-from sidestream.engine.backends.tensors import BackendOptions, Plan, Runtime, cannot, check, converted, draw_plan
-from sidestream.errors import BackendError
+from sidestream.engine.backends.tensors import BackendOptions, Plan, Runtime, cannot, converted, draw_plan
+from sidestream.errors import BackendError, LayoutError
 
 PRECISIONS = {"float32": "f32", "bfloat16": "bf16"}
+LARGEST_NUMBER = 2**24
+"""Whole numbers beyond are rounded by some operators (division, remainder, maximum), beyond 2**31 by all."""
 
 
 def missing() -> str | None:
@@ -37,17 +40,17 @@ def compile_stage(stage: Stage, options: BackendOptions) -> Stage:
         raise cannot(stage.name, "openvino", f"it has no precision {options.precision!r}, only {known}")
     plan = draw_plan(stage, "openvino")
     if not plan.expected:
-        return converted(stage, plan, "openvino", lambda tensors: ())
+        return handed_through(stage, plan, "openvino", options)
     onnx_model = onnx_bytes(plan, "openvino")
     try:
         model = read_onnx(onnx_model)
         runtime = request_runtime(model, options)
-        check(plan, "openvino", runtime, options.precision)
+        check(plan, "openvino", runtime, options.precision, options.check)
     except BackendError:
         raise
     except Exception as error:
         raise cannot(stage.name, "openvino", f"{type(error).__name__}: {error}") from error
-    return _with_twins(stage, plan, model, options, runtime)
+    return _with_twins(stage, replace(plan, expected=(), answered=()), model, options, runtime)
 
 
 def read_onnx(onnx_model: bytes) -> Any:
@@ -73,7 +76,7 @@ def request_runtime(model: Any, options: BackendOptions) -> Runtime:
     lock = threading.Lock()
 
     def runtime(tensors: list[Tensor]) -> Sequence[Tensor]:
-        arrays = {port: tensors[n].detach().contiguous().numpy() for port, n in feeds}
+        arrays = {port: _exact(tensors[n]).detach().contiguous().numpy() for port, n in feeds}
         with lock:
             answers = request.infer(arrays, share_inputs=True, share_outputs=False)
         return [torch.from_numpy(answers[n]) for n in range(num_outputs)]
@@ -86,6 +89,18 @@ def _with_twins(stage: Stage, plan: Plan, model: Any, options: BackendOptions, r
         return _with_twins(stage, plan, model, options, request_runtime(model, options))
 
     return replace(converted(stage, plan, "openvino", runtime), copy=twin)
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """``tensor`` as it is. Raises LayoutError for whole numbers that OpenVINO's arithmetic does not hold."""
+    if tensor.dtype in (torch.int64, torch.int32) and tensor.numel():
+        least, greatest = (int(value) for value in torch.aminmax(tensor))
+        if max(-least, greatest) > LARGEST_NUMBER:
+            raise LayoutError(
+                f"OpenVINO computes whole numbers in 32 bits, partly as floating point: exact up to {LARGEST_NUMBER}, "
+                f"but an input holds {least if -least > greatest else greatest}; run this stage in eager"
+            )
+    return tensor
 
 
 @cache

@@ -22,6 +22,7 @@ from sidestream.circuit.cut import cut
 from sidestream.circuit.measure import weigh
 from sidestream.circuit.stage import Stage, Stages
 from sidestream.engine.backends.registry import compile_stages
+from sidestream.engine.backends.tensors import Level
 from sidestream.report.measure import num_cores
 
 EVEN = 1.05
@@ -36,6 +37,7 @@ def cut_for_backend(
     num_stages: int | str = "auto",
     rounds: int = 2,
     num_workers: int | None = None,
+    check: Level = "full",
     options: Mapping[str, Any] | None = None,
     **cut_options: Any,
 ) -> Stages:
@@ -44,12 +46,14 @@ def cut_for_backend(
     ``rounds``: how often at most to cut again; each converts all stages anew. The best cut found is kept.
     ``num_workers``: threads that will run the stages (default: the machine's processors). With more stages than
     workers a stage may be dearer than the others, as long as it is not dearer than a worker's share.
-    ``options``: for ``compile_stages``; ``cut_options``: for ``cut`` (``name``, ``input_spec`` ...).
+    ``check``: as in ``compile_stages``, for all of these conversions.
+    ``options``: more for ``compile_stages``; ``cut_options``: for ``cut`` (``name``, ``input_spec`` ...).
     Eager stages, single stages and stages with state are cut once. Raises what ``cut`` and ``compile_stages`` raise.
     """
     workers = num_workers or num_cores()
     stages = cut(model, example, num_stages=num_stages, num_workers=workers, **cut_options)
-    best = compile_stages(stages, backend, **(options or {}))
+    options = {"check": check, **(options or {})}
+    best = compile_stages(stages, backend, **options)
     if backend == "eager" or len(stages) == 1 or not all(_is_graph(stage) for stage in stages):
         return best
     best, eager_costs = timed(best), [cost for stage in stages for cost in _node_costs(stage)]
@@ -59,7 +63,7 @@ def cut_for_backend(
             break
         costs = rescaled(eager_costs, [_num_nodes(stage) for stage in stages], _seconds(latest))
         stages = cut(model, example, num_stages=len(stages), costs=costs, **cut_options)
-        latest = timed(compile_stages(stages, backend, **(options or {})))
+        latest = timed(compile_stages(stages, backend, **options))
         best = min(best, latest, key=lambda found: (tick_seconds(found, workers), total_seconds(found)))
     return best
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sidestream.circuit.stage import Stage, Stages
 from sidestream.engine.backends import eager, inductor, ort, ov
-from sidestream.engine.backends.tensors import BackendOptions
+from sidestream.engine.backends.tensors import BackendOptions, Level
 from sidestream.errors import BackendError, MissingExtraError
 
 log = logging.getLogger(__name__)
@@ -48,22 +48,26 @@ def compile_stages(
     *,
     precision: str = "float32",
     num_threads: int = 1,
+    check: Level = "full",
     on_unsupported: Literal["error", "eager"] = "error",
     on_progress: Progress | None = None,
 ) -> Stages:
     """The same stages and links, every stateless stage run by ``backend``.
 
     Stages with state stay in eager (a log line says so). A converted stage takes tensors of its example's shapes
-    and types, is checked once against eager on that example, and gives outputs that stay valid.
+    and types in any memory layout, gives outputs that stay valid, and refuses to run once its weights have changed.
 
+    ``check``: on what each converted stage is compared with eager. "full": its example, and up to twelve inputs with
+    other values (``backends/check.py``), which takes four runs of both and then at most about a second of work;
+    "once": the example alone; "off": nothing.
     ``precision``: "float32", or "bfloat16" (openvino only) for the arithmetic inside of a stage.
     ``num_threads``: threads inside one stage. ``on_unsupported``: "eager" keeps what cannot be converted in eager.
 
     Raises BackendError (unknown back end, or a stage that it cannot run) and MissingExtraError.
     """
     chosen = require_backend(backend)
-    _check_choice(on_unsupported, num_threads)
-    options = BackendOptions(precision=precision, num_threads=num_threads)
+    _check_choice(on_unsupported, num_threads, check)
+    options = BackendOptions(precision=precision, num_threads=num_threads, check=check)
     done: list[Stage] = []
     for stage in stages:
         if on_progress:
@@ -109,7 +113,9 @@ def _why_not(backend: Backend) -> str | None:
     return f"{package} is not installed; pip install 'sidestream[{backend.extra}]'"
 
 
-def _check_choice(on_unsupported: str, num_threads: int) -> None:
+def _check_choice(on_unsupported: str, num_threads: int, check: str) -> None:
+    if check not in ("full", "once", "off"):
+        raise BackendError(f"{check = } is not one of 'full', 'once', 'off'")
     if on_unsupported not in ("error", "eager"):
         raise BackendError(f"{on_unsupported = } is not one of 'error', 'eager'")
     if num_threads < 1:

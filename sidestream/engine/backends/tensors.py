@@ -21,13 +21,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit.stage import Stage, State, Values
+from sidestream.engine.backends.operators import Operators
+from sidestream.engine.backends.rounding import distance, largest_of
+from sidestream.engine.backends.weights import Weights, guard, weights_of
 from sidestream.errors import BackendError, LayoutError
 
 Runtime = Callable[[list[Tensor]], Sequence[Tensor]]
 """Tensors in, tensors out; the outputs are the caller's own and are never written again."""
 
-ROUNDING = {"float32": 1e-3, "bfloat16": 1e-1}
-"""How far a converted stage may be from eager on its example, relative to the largest output: wrong, not rounded."""
+Level = Literal["full", "once", "off"]
+"""On what a converted stage is compared with eager: many inputs (``check.py``), its example, or nothing."""
+REPEATS = 1e-3
+"""How far two runs of eager on one input may be apart, relative to the largest output: it draws, or it is rounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,7 @@ class BackendOptions:
     """Arithmetic inside a stage: "float32", or "bfloat16" where the back end knows it; wires stay as they are."""
     num_threads: int = 1
     """Threads inside one stage (the ``threads`` executor wants 1)."""
+    check: Level = "full"
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,18 @@ class Plan:
 
     name: str
     module: nn.Module
+    step: Callable[[Values, State], tuple[Values, State]]
+    """The stage in eager."""
     example: Values
+    """Like the stage's, every tensor in memory of its own."""
     fed: tuple[int, ...]
     routes: tuple[Route, ...]
     expected: tuple[Tensor, ...]
     """What eager answers to the example, for the routes of kind "runtime"."""
+    answered: Values
+    """What eager answers to the example, all of it."""
+    weights: Weights
+    """What the module holds."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,7 +86,7 @@ class Plan:
             if isinstance(example, Tensor):
                 if not isinstance(value, Tensor) or value.shape != example.shape or value.dtype != example.dtype:
                     raise LayoutError(self._refusal(i, value, example))
-            elif value is not example and value != example:
+            elif not same(value, example):
                 raise LayoutError(self._refusal(i, value, example))
         return [inputs[i] for i in self.fed]
 
@@ -84,8 +97,8 @@ class Plan:
 
     def _refusal(self, i: int, value: Any, example: Any) -> str:
         return (
-            f"input {i} of stage {self.name!r} was given {_describe(value)}, but the stage was converted for "
-            f"{_describe(example)}; feed frames like the example, or cut the model again with an example like these"
+            f"input {i} of stage {self.name!r} was given {described(value)}, but the stage was converted for "
+            f"{described(example)}; feed frames like the example, or cut the model again with an example like these"
         )
 
 
@@ -127,41 +140,26 @@ def draw_plan(stage: Stage, backend: str) -> Plan:
     if len(stage.example_inputs) != stage.num_inputs:
         given = f"{len(stage.example_inputs)} example inputs for its {stage.num_inputs} inputs"
         raise cannot(stage.name, backend, f"it has {given}")
-    with torch.no_grad():
-        outputs = stage.step(stage.example_inputs, None)[0]
-        answered = flat_outputs(stage.module(*stage.example_inputs))
-    if len(answered) != len(outputs):
-        raise cannot(stage.name, backend, f"its module gives {len(answered)} values and its step {len(outputs)}")
-    fed = tuple(i for i, value in enumerate(stage.example_inputs) if isinstance(value, Tensor))
-    routes, expected = _routes(stage.example_inputs, answered)
-    return Plan(stage.name, stage.module, stage.example_inputs, fed, routes, expected)
+    example = tuple(_own(value) for value in stage.example_inputs)
+    weights = weights_of(stage.module)
+    outputs, answered = _run_twice(stage, stage.module, example, weights, backend)
+    fed = tuple(i for i, value in enumerate(example) if isinstance(value, Tensor))
+    routes, expected = _routes(example, answered)
+    return Plan(stage.name, stage.module, stage.step, example, fed, routes, expected, outputs, weights)
 
 
 def converted(stage: Stage, plan: Plan, backend: str, runtime: Runtime) -> Stage:
-    """``stage`` with ``runtime`` instead of its module; no copy function, so ``runtime`` must be thread-safe."""
+    """``stage`` with ``runtime`` instead of its module; no copy function, so ``runtime`` must be thread-safe.
+
+    Its guard raises CircuitError when the module's weights are no longer those that were converted.
+    """
+    slim = replace(plan, expected=(), answered=())
 
     def step(inputs: Values, state: State) -> tuple[Values, State]:
-        return plan.outputs(inputs, runtime(plan.fed_tensors(inputs))), state
+        return slim.outputs(inputs, runtime(slim.fed_tensors(inputs))), state
 
-    return replace(stage, step=step, backend=backend, copy=None)
-
-
-def check(plan: Plan, backend: str, runtime: Runtime, precision: str = "float32") -> None:
-    """Raise BackendError unless ``runtime`` answers the example as eager does (up to rounding)."""
-    answers = runtime(plan.tensors)
-    for n, (answer, expected) in enumerate(zip(answers, plan.expected, strict=True)):
-        if answer.shape != expected.shape or answer.dtype != expected.dtype:
-            wrong = f"its answer {n} is {_describe(answer)} where eager gives {_describe(expected)}"
-            raise cannot(plan.name, backend, wrong)
-        if not expected.is_floating_point():
-            if not torch.equal(answer, expected):
-                raise cannot(plan.name, backend, f"its answer {n} is not eager's")
-            continue
-        if expected.numel() == 0:
-            continue
-        error = (answer - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        if torch.isfinite(expected).all() and not error <= ROUNDING[precision]:
-            raise cannot(plan.name, backend, f"its answer {n} differs from eager by {float(error):.1e} of the largest")
+    unchanged = guard(plan.weights, stage.name, backend, stage.guard)
+    return replace(stage, step=step, backend=backend, copy=None, guard=unchanged)
 
 
 def cannot(name: str, backend: str, reason: str) -> BackendError:
@@ -170,6 +168,57 @@ def cannot(name: str, backend: str, reason: str) -> BackendError:
         f"the back end {backend!r} cannot run stage {name!r}: {reason}; "
         "use the back end 'eager' (compile_stages can also keep only such stages in eager: on_unsupported='eager')"
     )
+
+
+def _run_twice(
+    stage: Stage, module: nn.Module, example: Values, weights: Weights, backend: str
+) -> tuple[Values, Values]:
+    """What step and module answer to ``example``; refused when they draw, write to what they hold, or disagree."""
+    given = tuple(_own(value) for value in example)
+    buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    random_state = torch.get_rng_state()
+    operators = Operators(backend)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        outputs = stage.step(example, None)[0]
+        with operators:
+            answered = flat_outputs(module(*example))
+        draws = not torch.equal(torch.get_rng_state(), random_state)
+    if (name := _restored(weights, buffers)) is not None:
+        raise cannot(stage.name, backend, f"it writes to its own {name!r} while it works")
+    if not all(map(_repeats, example, given)):
+        raise cannot(stage.name, backend, "it changes its inputs in place")
+    if len(answered) != len(outputs):
+        raise cannot(stage.name, backend, f"its module gives {len(answered)} values and its step {len(outputs)}")
+    if draws or not all(map(_repeats, outputs, answered)):
+        raise cannot(stage.name, backend, "two runs on the same inputs differ, or it draws random numbers")
+    if operators.found:
+        raise cannot(stage.name, backend, f"it contains {operators.found[0]}")
+    return outputs, answered
+
+
+def _restored(weights: Weights, buffers: list[tuple[Tensor, Tensor]]) -> str | None:
+    """Put back what a run has written over; the name of the first such tensor, or None."""
+    name = weights.changed()
+    if name is not None:
+        for held in weights.held:
+            held.owner[held.key] = held.tensor
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+    return name
+
+
+def _own(value: Any) -> Any:
+    """Tensors that share memory are told apart by an exporter, and by whoever looks which input came through."""
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _repeats(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return same(one, other)
+    if one.shape != other.shape or one.dtype != other.dtype or one.numel() == 0:
+        return one.shape == other.shape and one.dtype == other.dtype
+    return bool(distance(one, other).max() <= REPEATS * largest_of(other))
 
 
 def _routes(inputs: Values, outputs: Values) -> tuple[tuple[Route, ...], tuple[Tensor, ...]]:
@@ -193,7 +242,17 @@ def _find(value: Any, among: Sequence[Any]) -> int | None:
     return next((i for i, other in enumerate(among) if other is value), None)
 
 
-def _describe(value: Any) -> str:
+def same(one: Any, other: Any) -> bool:
+    """Whether two values that are no tensors are equal (NaN is equal to NaN)."""
+    if one is other:
+        return True
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return False
+    return bool(one == other) or bool(one != one and other != other)
+
+
+def described(value: Any) -> str:
+    """A value in words: a tensor by shape and type."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)} and type {str(value.dtype).removeprefix('torch.')}"
     return repr(value)

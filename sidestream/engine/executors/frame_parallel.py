@@ -19,8 +19,10 @@ from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock
 from sidestream.engine.executors.threads import STOP_GRACE_SECONDS, drained_on_interrupt
 from sidestream.engine.feed import Feed
+from sidestream.engine.modes import caller_modes
 from sidestream.engine.tick import Fed, Machine, Rule
 from sidestream.errors import CircuitError
+from sidestream.intra_op import use_one_thread
 from sidestream.types import Output
 
 
@@ -75,6 +77,7 @@ class _Crew:
         self.num_taken = self.num_ready = self.num_given = 0  # ready: with all answers before it
         self.has_ended = self.is_closed = False
         self.failure: BaseException | None = None
+        self.modes = caller_modes()
 
     def next_answer(self) -> Output | None:
         """The next answer in order, waiting for it; None when all are out."""
@@ -97,7 +100,11 @@ class _Crew:
         return self.feed.is_stopped and not self.changed.wait(timeout=STOP_GRACE_SECONDS)
 
     def run_worker(self, machine: Machine) -> None:
-        torch.set_num_threads(1)
+        use_one_thread()
+        with self.modes.here():
+            self._work_on(machine)
+
+    def _work_on(self, machine: Machine) -> None:
         try:
             while (tick := self._take()) is not None:
                 position, leaves, fed = tick

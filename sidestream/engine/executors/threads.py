@@ -21,7 +21,9 @@ from sidestream.circuit.stage import SOURCE
 from sidestream.clock import Clock
 from sidestream.engine.executors.in_flight import LiveLimit, limit_in_flight
 from sidestream.engine.feed import Feed, Tick
+from sidestream.engine.modes import caller_modes
 from sidestream.engine.tick import Cell, Machine
+from sidestream.intra_op import use_one_thread
 from sidestream.types import Output
 
 STOP_GRACE_SECONDS = 1.0
@@ -38,6 +40,10 @@ def threads(
     and than full speed needs by the times that the stages take).
     """
     pool = _Pool(machine, feed, clock, _limit(machine, feed, num_workers, max_in_flight))
+    return _answers(pool, feed, num_workers)
+
+
+def _answers(pool: _Pool, feed: Feed, num_workers: int) -> Iterator[Output]:
     pool.start(num_workers)
     try:
         yield from drained_on_interrupt(pool.next_answer, feed)
@@ -93,6 +99,7 @@ class _Pool:
         self.readers = _readers(machine)
         self.reads_sink = {w.source for w in machine.circuit.wires_into(machine.circuit.sink)}
         self.threads: list[threading.Thread] = []
+        self.modes = caller_modes()
         self.intra_op_threads = torch.get_num_threads()
 
     @property
@@ -149,7 +156,11 @@ class _Pool:
         torch.set_num_threads(self.intra_op_threads)  # what a worker sets would be the default of later threads
 
     def _run_feed(self) -> None:
-        torch.set_num_threads(1)
+        use_one_thread()
+        with self.modes.here():
+            self._feed_on()
+
+    def _feed_on(self) -> None:
         try:
             while self.feed.may_read_ahead or self._wait_for_room():
                 tick = self._next_tick()
@@ -186,7 +197,11 @@ class _Pool:
             return not self.is_closed
 
     def _run_worker(self) -> None:
-        torch.set_num_threads(1)
+        use_one_thread()
+        with self.modes.here():
+            self._work_on()
+
+    def _work_on(self) -> None:
         cell: Cell | None = None
         try:
             spent = 0.0

@@ -140,7 +140,7 @@ def _silent(num_outputs: int) -> Callable[[Values, State], tuple[Values, State]]
 
 def _without_work(stage: Stage) -> Stage:
     step = _silent(stage.num_outputs)
-    return replace(stage, step=step, init_state=None, finish=None, copy=None, hides_state=False)
+    return replace(stage, step=step, init_state=None, init_buffers=None, finish=None, copy=None, hides_state=False)
 
 
 @dataclass

@@ -37,7 +37,7 @@ class Mean(nn.Module):
 
 def chain(wiring: str, num_stages: int = 4) -> Circuit:
     model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(num_stages - 1)), Mean()).eval()
-    stages = ss.cut(model, torch.zeros(1, 3, 8, 8), cut=[str(n) for n in range(1, num_stages)])
+    stages = ss.cut(model, torch.zeros(1, 3, 8, 8), cut=[str(n) for n in range(1, num_stages)], costs="uniform")
     assert len(stages) == num_stages
     return wire(stages, wiring)
 

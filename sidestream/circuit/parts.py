@@ -1,0 +1,171 @@
+"""The stages of a graph that is ready to be divided, made and compared with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from sidestream.circuit import alias
+from sidestream.circuit.difference import first_difference
+from sidestream.circuit.freshness import guard_of
+from sidestream.circuit.hidden import Watched
+from sidestream.circuit.measure import NodeRecord, hidden_buffers, num_bytes, own_copies
+from sidestream.circuit.split import Piece, module_path, piece_module, piece_name, split
+from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values, flatten_inputs
+from sidestream.circuit.step import Check, graph_step
+from sidestream.circuit.trace import Traced
+from sidestream.circuit.verify import Verifier
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A graph that is ready to be divided, and what its nodes do."""
+
+    traced: Traced
+    model: nn.Module
+    records: Mapping[fx.Node, NodeRecord]
+    steers_gradients: bool
+
+    def stages(self, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
+        """The stages that begin at ``boundaries``."""
+        traced = self.traced
+        pieces, links = split(traced.module, boundaries)
+        leaves = dict(zip(traced.module.graph.find_nodes(op="placeholder"), traced.leaves))
+        stages = []
+        for number, (piece, start) in enumerate(zip(pieces, [0, *boundaries]), start=1):
+            cost = None if seconds is None else sum(seconds[start : start + len(piece.nodes)])
+            stages.append(self._stage(number, piece, leaves, cost))
+        return Stages(tuple(stages), tuple(links), traced.in_spec, traced.out_spec)
+
+    def _stage(self, number: int, piece: Piece, leaves: Mapping[fx.Node, Any], cost_seconds: float | None) -> Stage:
+        module = piece_module(self.traced.module, piece, f"Stage{number}", copied_out=self._in_buffers)
+        written = {str(n.target) for node in piece.nodes for n in node.all_input_nodes if n in self._written_buffers}
+        held = [b for node in piece.nodes if node.op == "call_module" for b in self._held(node)]
+        step = graph_step(
+            module,
+            _checks(piece, leaves),
+            written=tuple(written),
+            held=list(dict.fromkeys(held)),
+            no_gradients=_NO_GRADIENTS.format(type(self.model).__name__) if self.steers_gradients else "",
+        )
+        return Stage(
+            name=piece_name(piece),
+            step=step,
+            num_inputs=len(piece.inputs),
+            num_outputs=len(piece.outputs),
+            cost_seconds=cost_seconds,
+            hides_state=step.has_buffers,
+            init_buffers=step.init_buffers if step.has_buffers else None,
+            draws=any(self.records[node].draws for node in piece.nodes),
+            module=module,
+            guard=guard_of(self.model, module, step),
+        )
+
+    @cached_property
+    def _written_buffers(self) -> set[fx.Node]:
+        """The nodes that fetch a buffer that is written, or that shares memory with one."""
+        written = {storage for entry in self.records.values() for storage in entry.writes}
+        fetched = self.traced.module.graph.find_nodes(op="get_attr")
+        return {node for node in fetched if node in self.records and self.records[node].storages & written}
+
+    @cached_property
+    def _in_buffers(self) -> set[fx.Node]:
+        return alias.in_buffers(self.traced.module.graph, self.records)
+
+    def _held(self, node: fx.Node) -> list[tuple[nn.Module, str]]:
+        return hidden_buffers(self.traced.module.get_submodule(str(node.target)))
+
+    def verified(self, result: Stages, boundaries: Sequence[int], verifier: Verifier) -> Stages:
+        """The stages, compared with the model, and with what each was given and made on the example."""
+        numbers = {}
+        for number, piece in enumerate(split(self.traced.module, boundaries)[0], start=1):
+            numbers.update(dict.fromkeys(piece.nodes, number))
+
+        def where(probe: Any) -> str:
+            node = first_difference(self.model, self.traced.module, probe)
+            if node is None or node not in numbers:
+                return "code outside of its submodules, or a later frame"
+            stack = (node.meta.get("stack_trace") or "").strip().splitlines()
+            line = f", {stack[-1].strip()}" if stack else ""
+            number = numbers[node]
+            return f"stage {number} ({result[number - 1].name}), module {module_path(node)!r} (node {node.name}{line})"
+
+        verifier.compare(lambda probes: _run_in_a_row(result, probes, self.model.training), where)
+        verifier.before.restore()
+        inputs, outputs = _tried(result, self.traced.leaves)
+        stages = [
+            replace(stage, example_inputs=given, output_bytes=tuple(num_bytes(value) for value in made))
+            for stage, given, made in zip(result, inputs, outputs)
+        ]
+        return result.with_stages(tuple(stages))
+
+
+_NO_GRADIENTS = (
+    "{} turns gradients on or off inside (torch.no_grad), and was cut in eval mode, where that leaves no trace; "
+    "call train() before the cut to train it"
+)
+
+
+def verified_stream(stages: Stages, verifier: Verifier) -> Stages:
+    """The stages of a Chain, compared with it; what its layers keep in buffers is declared."""
+    verifier.look()
+    watched = [Watched(stage) for stage in stages]
+    watching = stages.with_stages(tuple(w.watching() for w in watched))
+    is_training = verifier.model.training
+    verifier.compare(lambda probes: _run_in_a_row(watching, probes, is_training), lambda probe: "an unknown stage")
+    return stages.with_stages(tuple(w.declared() for w in watched))
+
+
+def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> Iterator[Any]:
+    """The answers to one probe after the other, the stages interleaved as in a pipeline, each on another frame."""
+    K, state, frames = len(stages), stages.init_state(), []
+    with torch.inference_mode(not is_training):
+        for args, kwargs in probes:
+            leaves, spec = pytree.tree_flatten((args, kwargs))
+            own_args, own_kwargs = pytree.tree_unflatten(own_copies(leaves), spec)
+            given = flatten_inputs(stages.in_spec, own_args, own_kwargs, stages.example)
+            frames.append({(SOURCE, n): leaf for n, leaf in enumerate(given)})
+        for tick in range(len(frames) + K - 1):
+            for number in range(min(K, tick + 1), max(0, tick - len(frames) + 1), -1):
+                values = frames[tick - number + 1]
+                outputs, state[number - 1] = stages[number - 1].step(
+                    stages.inputs_of(values, number), state[number - 1]
+                )
+                values.update({(number, n): value for n, value in enumerate(outputs)})
+    for values in frames:
+        answer = stages.inputs_of(values, K + 1)
+        is_nothing = any(leaf is NOTHING for leaf in answer)
+        yield NOTHING if is_nothing else pytree.tree_unflatten(answer, stages.out_spec)
+
+
+def _tried(stages: Stages, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """What each stage is given and makes on the example."""
+    given: list[Any] = []
+    made: list[Any] = []
+
+    def noted(stage: Stage) -> Stage:
+        def step(inputs: Values, state: State) -> tuple[Values, State]:
+            outputs, state = stage.step(inputs, state)
+            given.append(inputs)
+            made.append(outputs)
+            return outputs, state
+
+        return replace(stage, step=step)
+
+    args, kwargs = pytree.tree_unflatten(own_copies(leaves), stages.in_spec)
+    stages.with_stages(tuple(map(noted, stages)))(*args, **kwargs)
+    return given, made
+
+
+def _checks(piece: Piece, leaves: Mapping[fx.Node, Any]) -> tuple[Check, ...]:
+    return tuple(
+        (index, node.name, leaves[node].shape, leaves[node].dtype)
+        for index, node in enumerate(piece.inputs)
+        if isinstance(leaves.get(node), torch.Tensor)
+    )

@@ -1,0 +1,118 @@
+"""Functions that put one thing back to what it is now, in place, and only if it was changed."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sidestream.circuit.same import same_leaf
+
+Undo = Callable[[], None]
+
+
+def shared_generators() -> Undo:
+    """The random generators that everybody shares: torch's, Python's and numpy's."""
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def undo() -> None:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return undo
+
+
+def dict_of(table: dict[Any, Any]) -> Undo:
+    """A dict: the same objects under the same keys."""
+    kept = dict(dict.items(table))  # as they lie there, whatever a subclass makes of them
+
+    def undo() -> None:
+        if dict.__len__(table) != len(kept) or any(dict.get(table, k, kept) is not v for k, v in kept.items()):
+            table.clear()
+            table.update(kept)
+
+    return undo
+
+
+def list_of(items: list[Any] | deque[Any]) -> Undo:
+    """A list or deque: the same objects in the same order."""
+    kept = list(items)
+
+    def undo() -> None:
+        if len(items) != len(kept) or any(a is not b for a, b in zip(items, kept)):
+            items.clear()
+            items.extend(kept)
+
+    return undo
+
+
+def set_of(items: set[Any]) -> Undo:
+    """A set."""
+    kept = set(items)
+
+    def undo() -> None:
+        if items != kept:
+            items.clear()
+            items.update(kept)
+
+    return undo
+
+
+def array(values: np.ndarray) -> Undo:
+    """A numpy array."""
+    kept = values.copy()
+
+    def undo() -> None:
+        if not same_leaf(values, kept):
+            values[...] = kept
+
+    return undo
+
+
+def generator(source: Any) -> tuple[Any, Undo]:
+    """A generator of random numbers: its state as something to compare, and the way back."""
+    if isinstance(source, torch.Generator):
+        state = source.get_state()
+        return state, lambda: _ignored(source.set_state(state))
+    if isinstance(source, np.random.Generator):
+        bits = source.bit_generator.state
+        return repr(bits), lambda: setattr(source.bit_generator, "state", bits)
+    if isinstance(source, random.Random):
+        whole = source.getstate()
+        return repr(whole), lambda: source.setstate(whole)
+    legacy = source.get_state()
+    return repr(legacy), lambda: source.set_state(legacy)
+
+
+def tensor(value: Tensor, kept: Tensor) -> Undo:
+    """A tensor, back to the values of ``kept``."""
+
+    def undo() -> None:
+        if same_leaf(value, kept):
+            return
+        if value.shape != kept.shape or value.layout is not torch.strided:
+            value.data = kept.clone()
+            return
+        with torch.inference_mode(value.is_inference()):
+            value.detach().copy_(kept)
+
+    return undo
+
+
+def set_class_attribute(kind: type, name: str, value: Any) -> None:
+    """An attribute of a class."""
+    if vars(kind).get(name) is not value:
+        setattr(kind, name, value)
+
+
+def _ignored(result: Any) -> None:
+    return None

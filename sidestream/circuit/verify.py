@@ -1,0 +1,255 @@
+"""Whether the stages in a row are the model: both run on examples that the cut has not seen, several in a row.
+
+What a graph cannot show comes out here: state that forward keeps in attributes, paths that are taken only while a
+model is traced, values that were frozen. Each difference is refused with the first stage and node that differ.
+
+What it costs (``check=``): "full": the model once to warm up, then ``NUM_PROBES`` times, and the stages as often;
+of a model slower than ``SLOW_SECONDS`` a frame one less each. "once": one frame each. "off": nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from sidestream.circuit.measure import own_copies, own_copy
+from sidestream.circuit.memory import Snapshot, is_of_hook
+from sidestream.circuit.poison import Poison
+from sidestream.circuit.same import same, same_leaf
+from sidestream.circuit.trace import one_line, place_of
+from sidestream.circuit.watch import GradientSwitches, watching_parameters
+from sidestream.errors import CutError
+
+CHECKS = ("full", "once", "off")
+NUM_PROBES = 3
+SLOW_SECONDS = 0.5
+
+
+class Stream:
+    """A streaming layer as something that is called frame after frame; ``state`` None: at its start."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.state = layer, None
+
+    def __call__(self, frame_BCHW: Tensor) -> Any:
+        if self.state is None:
+            self.state = self.layer.init_state(frame_BCHW)
+        answer, self.state = self.layer.step(frame_BCHW, self.state)
+        return answer
+
+
+@dataclass
+class Verifier:
+    """The plain model's answers to probes, from the state that the model has, and what it changed meanwhile."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    before: Snapshot
+    how: str
+    warm: Snapshot | None = None
+    """After a call, where a call fills in attributes once and for all."""
+    filled_in: tuple[str, ...] = ()
+    """Attributes that a first call fills in."""
+    steers_gradients: bool = False
+    """It turns gradients on or off inside, which a graph that is traced without gradients does not show."""
+    probes: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    expected: list[Any] = field(default_factory=list)
+    _scratch: set[str] = field(default_factory=set)
+    stream: Stream | None = None
+    """For a model that runs as a stream of frames with a state: how it is called."""
+
+    def look(self) -> None:
+        """Run the plain model. Raises CutError where it fails, or keeps state that no buffer holds."""
+        if self.how == "off":
+            return
+        started = time.perf_counter()
+        switches = GradientSwitches()
+        with watching_parameters(self.model):
+            self._call((self.args, self.kwargs), watch=switches)
+        self.steers_gradients = switches.was_used and not self.model.training
+        seconds = time.perf_counter() - started
+        warm = Snapshot(self.model)
+        self._restart()
+        self.filled_in = tuple(self.before.changed(warm))
+        self.warm = warm if self.filled_in else None
+        self._run_probes(1 if self.how == "once" else NUM_PROBES - (seconds > SLOW_SECONDS))
+        self._restart()
+
+    def _run_probes(self, num_probes: int) -> None:
+        snapshots: list[Snapshot] = []
+        for number in range(num_probes):
+            probe = (self.args, self.kwargs) if number == 1 else self._perturbed(number)
+            try:
+                with torch.inference_mode(not self.model.training):
+                    answer = self._call(probe)
+            except CutError:  # it is no input for this model (an index out of range, say); the example is
+                probe = (self.args, self.kwargs)
+                answer = self._call(probe)
+            self.probes.append(probe)
+            self.expected.append(pytree.tree_map(copied, answer))
+            snapshots.append(Snapshot(self.model))
+            if len(snapshots) > 1:
+                self._check_attributes(self._news(*snapshots[-2:]), snapshots[-1])
+        if num_probes == 1 and self.warm is not None:
+            self._call(self._perturbed(7))
+            latest = Snapshot(self.model)
+            self._check_attributes(self._news(snapshots[0], latest), latest)
+
+    def _news(self, earlier: Snapshot, later: Snapshot) -> list[str]:
+        """What changed, and was not yet found to be scratch."""
+        changed = [path for path in earlier.changed(later) if path not in self._scratch]
+        return [path for path in changed if not is_of_hook(path)] if self.stream else changed  # whose hooks are called
+
+    def _call(self, probe: tuple[tuple[Any, ...], dict[str, Any]], watch: Any = None) -> Any:
+        call = self.stream or self.model
+        return called(self.model, *probe, records=self.model.training, watch=watch, call=call)
+
+    def _restart(self) -> None:
+        """Back to the state that the model has."""
+        self.before.restore()
+        if self.stream is not None:
+            self.stream.state = None
+
+    def _perturbed(self, number: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return perturbed((self.args, self.kwargs), seed=number)
+
+    def _check_attributes(self, changed: list[str], latest: Snapshot) -> None:
+        """CutError for an attribute that changed from one frame to the next, unless its old value is never used."""
+        if not changed or self._is_scratch(changed, latest):
+            self._scratch.update(changed)
+            return
+        more = f" (and {', '.join(map(repr, changed[1:4]))})" if len(changed) > 1 else ""
+        raise CutError(
+            f"{type(self.model).__name__} keeps state outside of its buffers: its forward changes "
+            f"{changed[0]!r}{more} on every frame, which stages would not share; register it as a buffer "
+            "(self.register_buffer), write the model as streaming layers, or do not assign it in forward"
+        )
+
+    def _is_scratch(self, changed: list[str], latest: Snapshot) -> bool:
+        """Whether forward writes to these places before it reads them: it answers the same without the old values."""
+        if any(path not in latest.places for path in changed):
+            return False
+        probe = self._perturbed(7)
+        state = self.stream.state if self.stream else None
+        try:
+            expected = pytree.tree_map(copied, self._call(probe))
+            latest.restore()
+            if self.stream is not None:
+                self.stream.state = state
+            for path in changed:
+                table, key = latest.places[path]
+                table[key] = Poison()
+            return same(pytree.tree_map(copied, self._call(probe)), expected)
+        except CutError:
+            return False
+        finally:
+            latest.restore()
+            if self.stream is not None:
+                self.stream.state = state
+
+    def ready_to_trace(self) -> None:
+        """Attributes that the first call fills in are filled in, buffers are as they were."""
+        if self.warm is not None:
+            self.warm.restore()
+        buffers = dict(self.model.named_buffers())
+        for name, value in self.before.buffers.items():
+            if value is not None and name in buffers and not same_leaf(buffers[name], value):
+                with torch.no_grad():
+                    buffers[name].copy_(value)
+
+    def compare(self, run: Callable[..., Iterator[Any]], where: Callable[[Any], str]) -> None:
+        """The stages against the model. ``run(probes)`` gives their answers; ``where(probe)`` finds the difference."""
+        self._restart()
+        for number, (given, wanted) in enumerate(zip(run(self.probes), self.expected)):
+            if not same(pytree.tree_map(copied, given), wanted):
+                raise CutError(self._refusal(number, where(self.probes[number])))
+
+    def _refusal(self, number: int, where: str) -> str:
+        frame = "a frame" if number == 0 else f"frame {number + 1} in a row"
+        remedy = (
+            "forward takes another path while it is traced, or code that the graph does not show depends on values or "
+            "on earlier frames"
+        )
+        if self.filled_in:
+            remedy = f"forward assigns {', '.join(map(repr, self.filled_in[:3]))}: make it a buffer"
+        elif not self._repeats(number):
+            remedy = "the model itself does not answer the same frame twice alike"
+        return (
+            f"the stages do not give what {type(self.model).__name__} gives on {frame} like the example, first at "
+            f"{where}; {remedy}; or keep the module around it whole: cut(model, example, cut=('its.dotted.name', ...))"
+        )
+
+    def _repeats(self, number: int) -> bool:
+        """Whether the model gives the same answers when it is asked again from the same state."""
+        self._restart()
+        for probe, wanted in list(zip(self.probes, self.expected))[: number + 1]:
+            with torch.inference_mode(not self.model.training):
+                again = self._call(probe)
+            if not same(pytree.tree_map(copied, again), wanted):
+                return False
+        return True
+
+
+def perturbed(example: Any, *, seed: int) -> Any:
+    """Other values of the same shapes, types and strides: noise around floats, integers and flags in another order."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def changed(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or leaf.numel() == 0:
+            return own_copy(leaf) if isinstance(leaf, Tensor) else leaf
+        fresh, plain = own_copy(leaf), leaf.detach().cpu()
+        with torch.inference_mode(False), torch.no_grad():
+            if leaf.is_floating_point() or leaf.is_complex():
+                noise = torch.rand(leaf.shape, generator=generator).to(plain.dtype)
+                scale = plain.abs().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).mean().to(noise.real.dtype)
+                other = torch.rand(leaf.shape, generator=generator).to(plain.dtype)
+                values = plain * (0.75 + 0.5 * other) + (noise - 0.5) * (scale if scale > 0 else 1.0)
+            else:
+                order = torch.randperm(leaf.numel(), generator=generator)
+                values = plain.reshape(-1)[order].reshape(leaf.shape)
+            return fresh.copy_(values)
+
+    return pytree.tree_map(changed, example)
+
+
+def called(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    records: bool,
+    watch: Any = None,
+    call: Any = None,
+) -> Any:
+    """The model's answer to copies of the inputs; CutError where it fails."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    given_args, given_kwargs = pytree.tree_unflatten(own_copies(leaves), spec)
+    try:
+        with torch.set_grad_enabled(records and not torch.is_inference_mode_enabled()), watch or nullcontext():
+            return (call or model)(*given_args, **given_kwargs)
+    except CutError:
+        raise
+    except Exception as error:
+        raise CutError(
+            f"{type(model).__name__} fails on the example at {place_of(error)}: {type(error).__name__}: "
+            f"{one_line(error)}; give an example that the model itself can answer"
+        ) from error
+
+
+def copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def check_of(how: str) -> str:
+    """CutError for an unknown name."""
+    if how not in CHECKS:
+        raise CutError(f"check={how!r} is unknown; choose one of {', '.join(CHECKS)}")
+    return how

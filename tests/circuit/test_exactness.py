@@ -1,0 +1,928 @@
+"""The first promise, on kinds of models: the answers of a cut model are the model's, or there is an error.
+
+Each row is a small model of a kind that failed once. ``check_exact`` runs it against the plain model: several frames
+in a row, in several cuts, on every executor, twice, side by side, and after a run that ended early.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
+
+import sidestream as ss
+from contract import assert_equal
+from sidestream.errors import CircuitError, CutError, SidestreamError
+
+SIZE = (1, 3, 8, 8)
+
+
+def frames_of(count: int = 6, size: tuple[int, ...] = SIZE, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.rand(size, generator=generator) for _ in range(count)]
+
+
+def conv() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh())
+
+
+class Net(nn.Module):
+    """A body, something in the middle (``between``), a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(conv(), conv()), nn.Sequential(conv(), conv())
+        self.make()
+
+    def make(self) -> None:
+        """What else it holds."""
+
+    def between(self, x: Tensor) -> Tensor:
+        return x
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.between(self.body(x)))
+
+
+def made(kind: type[nn.Module], *, train: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    return kind().train(train)
+
+
+def plain_answers(model: nn.Module, frames: list[Any]) -> list[Any]:
+    """The model's own, from the state that it has; the model is not touched."""
+    twin, answers = copy.deepcopy(model), []
+    with torch.inference_mode():
+        for frame in frames:
+            args = copy.deepcopy(frame) if isinstance(frame, tuple) else (frame.clone(),)
+            answers.append(pytree.tree_map(lambda a: a.clone() if isinstance(a, Tensor) else a, twin(*args)))
+    return answers
+
+
+def check_exact(
+    make: Callable[[], nn.Module], frames: list[Any], example: Any = None, most_stages: int = 3, **options: Any
+) -> None:
+    """The sentence of this file, for a model that can be cut."""
+    expected = plain_answers(make(), frames)
+    for num_stages in range(1, most_stages + 1):
+        model = make()
+        before = copy.deepcopy(model.state_dict())
+        random_state = torch.get_rng_state()
+        if "cut" in options:
+            if num_stages > 1:
+                break
+            stages = ss.cut(model, frames[0] if example is None else example, costs="uniform", **options)
+        else:
+            stages = ss.cut(
+                model, frames[0] if example is None else example, num_stages=num_stages, costs="uniform", **options
+            )
+        assert torch.equal(torch.get_rng_state(), random_state)
+        executors = ["inline", "threads", "sequential"] + ([] if stages.is_stateful else ["frame-parallel"])
+        for executor in executors:
+            assert_run(stages, frames, expected, executor)
+        with pytest.raises(CircuitError) if stages.is_stateful else nothing_raised():
+            list(ss.run(ss.pipelined(stages), frames, executor="frame-parallel"))
+        if num_stages == most_stages:
+            assert_run(stages, frames, expected, "auto")
+        circuit = ss.pipelined(stages)
+        early = ss.run(circuit, frames, executor="threads")
+        next(early), next(early)
+        other = ss.run(circuit, frames, executor="threads")  # side by side with the first
+        assert_equal(next(other).value, expected[0], "a second run beside the first")
+        early.close()
+        rest = [o.value for o in other]
+        assert_equal(rest, expected[1:], "the second run after the first one ended early")
+        assert_run(stages, frames, expected, "threads")
+        assert_equal(dict(model.state_dict()), dict(before), "the model's own buffers")
+
+
+class nothing_raised:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def assert_run(stages: Any, frames: list[Any], expected: list[Any], executor: str) -> None:
+    outputs = list(
+        ss.run(ss.pipelined(stages), frames, executor=executor, num_threads=1 if executor == "sequential" else 2)
+    )
+    assert [o.frame_index for o in outputs] == list(range(len(frames)))
+    if executor != "auto":  # which may choose several threads inside of an operator
+        for output in outputs:
+            assert_equal(output.value, expected[output.frame_index], f"{executor}, frame {output.frame_index}")
+    else:
+        for output in outputs:
+            torch.testing.assert_close(output.value, expected[output.frame_index], rtol=1e-5, atol=1e-6)
+
+
+# --- state in buffers: exact
+
+
+class WritesBuffer(Net):
+    def make(self) -> None:
+        self.register_buffer("h", torch.zeros(SIZE))
+
+    def between(self, x: Tensor) -> Tensor:
+        self.h.mul_(0.5).add_(x)
+        return self.h * 1.0
+
+
+class AssignsBuffer(WritesBuffer):
+    def between(self, x: Tensor) -> Tensor:
+        self.h = 0.5 * self.h + x
+        return self.h
+
+
+class AnswersWithBuffer(WritesBuffer):
+    def forward(self, x: Tensor) -> Any:
+        self.h.copy_(self.body(x))
+        return self.head(self.h), self.h
+
+
+class AnswersWithView(WritesBuffer):
+    def forward(self, x: Tensor) -> Any:
+        self.h.copy_(self.body(x))
+        return {"part": self.h[:, :1], "head": self.head(self.h), "flat": self.h.flatten(1)}
+
+
+class AnswersWithOldAndNew(WritesBuffer):
+    def forward(self, x: Tensor) -> Any:
+        old = self.h.clone()
+        self.h = self.body(x)
+        return old, self.head(self.h), self.h
+
+
+class TwoBuffersOneMemory(Net):
+    """A buffer that is a view of another."""
+
+    def make(self) -> None:
+        self.register_buffer("whole", torch.zeros(2, *SIZE))
+        self.register_buffer("newest", self.whole[0])
+
+    def between(self, x: Tensor) -> Tensor:
+        self.whole[1].copy_(self.whole[0])
+        self.newest.copy_(x)
+        return self.whole.sum(0)
+
+
+class Ring(Net):
+    """The last three frames, at a position that moves."""
+
+    def make(self) -> None:
+        self.register_buffer("ring", torch.zeros(3, *SIZE[1:]))
+        self.register_buffer("at", torch.zeros((), dtype=torch.int64))
+
+    def between(self, x: Tensor) -> Tensor:
+        self.ring.index_copy_(0, self.at.reshape(1), x)
+        self.at.add_(1).remainder_(3)
+        return self.ring.mean(0, keepdim=True)
+
+
+class ReadAtBothEnds(WritesBuffer):
+    """The state is read at the start and written at the end."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(self.body(x) + self.h)
+        self.h = y
+        return y * 2
+
+
+class TwoStates(Net):
+    """One state in the body, one behind the head."""
+
+    def make(self) -> None:
+        self.register_buffer("a", torch.zeros(SIZE))
+        self.register_buffer("b", torch.ones(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body[0](x)
+        self.a = torch.tanh(self.a + x)
+        x = self.head(self.body[1](self.a))
+        self.b.mul_(0.9).add_(x)
+        return self.b + 1
+
+
+class NormWithoutCounter(Net):
+    def make(self) -> None:
+        self.norm = nn.BatchNorm2d(3)
+        self.norm.num_batches_tracked = None
+        self.norm.train()
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.norm(x) + self.norm.running_mean.view(1, 3, 1, 1)
+
+    def train(self, mode: bool = True) -> Net:
+        super().train(mode)
+        if hasattr(self, "norm"):
+            self.norm.train()
+        return self
+
+
+class FunctionalNorm(Net):
+    """``F.batch_norm(training=True)`` writes its statistics without a version bump."""
+
+    def make(self) -> None:
+        self.register_buffer("mean", torch.zeros(3))
+        self.register_buffer("variance", torch.ones(3))
+
+    def between(self, x: Tensor) -> Tensor:
+        x = F.batch_norm(x, self.mean, self.variance, training=True)
+        return x + self.mean.view(1, 3, 1, 1)
+
+
+class FunctionalInstanceNorm(FunctionalNorm):
+    def between(self, x: Tensor) -> Tensor:
+        x = F.instance_norm(x, self.mean, self.variance, use_input_stats=True)
+        return x + self.mean.view(1, 3, 1, 1)
+
+
+STATES = [
+    WritesBuffer,
+    AssignsBuffer,
+    AnswersWithBuffer,
+    AnswersWithView,
+    AnswersWithOldAndNew,
+    TwoBuffersOneMemory,
+    Ring,
+    ReadAtBothEnds,
+    TwoStates,
+    NormWithoutCounter,
+    FunctionalNorm,
+    FunctionalInstanceNorm,
+]
+
+
+@pytest.mark.parametrize("kind", STATES, ids=lambda kind: kind.__name__)
+def test_state_in_buffers_is_exact_and_each_run_has_its_own(kind: type[nn.Module]) -> None:
+    check_exact(functools.partial(made, kind), frames_of())
+
+
+def test_a_state_that_is_assigned_leaves_the_rest_of_the_model_to_be_cut() -> None:
+    """It was written at the very end of the graph, which made one stage of everything behind."""
+    stages = ss.cut(made(AssignsBuffer), frames_of()[0], num_stages=4, costs="uniform")
+    assert [stage.is_stateful for stage in stages].count(True) == 1
+
+
+# --- state anywhere else: refused, by name
+
+
+class InTensor(Net):
+    hidden: Any = None
+
+    def between(self, x: Tensor) -> Tensor:
+        self.hidden = x if self.hidden is None else 0.5 * self.hidden + x
+        return self.hidden
+
+
+class InPlainTensor(Net):
+    def make(self) -> None:
+        self.memory = torch.zeros(SIZE)
+
+    def between(self, x: Tensor) -> Tensor:
+        self.memory.mul_(0.5).add_(x)
+        return self.memory + 0
+
+
+class InList(Net):
+    def make(self) -> None:
+        self.past: list[Tensor] = []
+
+    def between(self, x: Tensor) -> Tensor:
+        self.past = [*self.past[-2:], x]
+        return torch.stack(self.past).mean(0)
+
+
+class InListInPlace(InList):
+    def between(self, x: Tensor) -> Tensor:
+        self.past.append(x)
+        return self.past[0] + x
+
+
+class InDeque(Net):
+    def make(self) -> None:
+        self.past: deque[Tensor] = deque(maxlen=2)
+
+    def between(self, x: Tensor) -> Tensor:
+        self.past.append(x)
+        return self.past[0] + x
+
+
+class InDict(Net):
+    def make(self) -> None:
+        self.cache: dict[str, Any] = {}
+
+    def between(self, x: Tensor) -> Tensor:
+        x = x + self.cache.get("x", 0)
+        self.cache["x"] = x
+        return x
+
+
+class Box:
+    def __init__(self) -> None:
+        self.value: Any = 0.0
+
+
+class InObject(Net):
+    def make(self) -> None:
+        self.box = Box()
+
+    def between(self, x: Tensor) -> Tensor:
+        self.box.value = self.box.value + x
+        return self.box.value
+
+
+class InSlots:
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value: Any = 0.0
+
+
+class InObjectWithSlots(InObject):
+    def make(self) -> None:
+        self.box = InSlots()
+
+
+class InCounter(Net):
+    count = 0
+
+    def between(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * 3 if self.count % 5 == 0 else x
+
+
+class InNestedList(Net):
+    def make(self) -> None:
+        self.state: Any = {"layers": [torch.zeros(SIZE), 0]}
+
+    def between(self, x: Tensor) -> Tensor:
+        self.state["layers"][0] = self.state["layers"][0] * 0.5 + x
+        return self.state["layers"][0]
+
+
+class InClass(Net):
+    shared: ClassVar[list[float]] = [0.0]
+
+    def between(self, x: Tensor) -> Tensor:
+        InClass.shared[0] += 1.0
+        return x * InClass.shared[0]
+
+
+COUNTED = {"frames": 0}
+
+
+class InGlobal(Net):
+    def between(self, x: Tensor) -> Tensor:
+        COUNTED["frames"] += 1
+        return x * COUNTED["frames"]
+
+
+def counting() -> Callable[[], int]:
+    count = 0
+
+    def count_up() -> int:
+        nonlocal count
+        count += 1
+        return count
+
+    return count_up
+
+
+class InClosure(Net):
+    def make(self) -> None:
+        self.count_up = counting()
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * self.count_up()
+
+
+class InParameter(Net):
+    def make(self) -> None:
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+
+    def between(self, x: Tensor) -> Tensor:
+        self.scale.data.mul_(0.9)
+        return x * self.scale
+
+
+class FirstFrame(Net):
+    """Remembers the first frame, which every answer needs."""
+
+    first: Any = None
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = x.detach()
+        return x - self.first
+
+
+ELSEWHERE = [
+    (InTensor, "'hidden'"),
+    (InPlainTensor, "'memory'"),
+    (InList, "'past"),
+    (InListInPlace, "past"),
+    (InDeque, "past"),
+    (InDict, r"cache\['x'\]"),
+    (InObject, "box.value"),
+    (InObjectWithSlots, "box.value"),
+    (InCounter, "'count'"),
+    (InNestedList, r"state\['layers'\]\[0\]"),
+    (InClass, "shared"),
+    (InGlobal, "COUNTED"),
+    (InClosure, "count"),
+    (InParameter, "writes to its parameter 'scale'"),
+    (FirstFrame, "assigns 'first'"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), ELSEWHERE, ids=lambda value: getattr(value, "__name__", None))
+def test_state_outside_of_buffers_is_refused_by_name_and_the_model_left_as_it_was(
+    kind: type[nn.Module], name: str
+) -> None:
+    model, frames = made(kind), frames_of()
+    expected = plain_answers(made(kind), frames)
+    counted, shared = dict(COUNTED), list(InClass.shared)
+    with pytest.raises(CutError, match=name) as error:
+        ss.cut(model, torch.rand(SIZE), num_stages=2)
+    assert "buffer" in str(error.value)
+    assert (counted, shared) == (COUNTED, InClass.shared)
+    with torch.inference_mode():
+        assert_equal([model(f.clone()) for f in frames] if kind not in (InGlobal, InClass) else expected, expected)
+    COUNTED.update(counted)
+    InClass.shared[:] = shared
+
+
+class Scratch(Net):
+    """Attributes that forward writes before it reads them are no state (RAFT keeps its pyramid so)."""
+
+    pyramid: Any = ()
+
+    def between(self, x: Tensor) -> Tensor:
+        self.pyramid = [x, F.avg_pool2d(x, 2)]
+        self.size = x.shape[-1]
+        return self.pyramid[0] + F.interpolate(self.pyramid[1], size=self.size)
+
+
+class FilledInOnce(Net):
+    """A grid that the first call makes, the same whatever the frame."""
+
+    grid: Any = None
+
+    def between(self, x: Tensor) -> Tensor:
+        if self.grid is None:
+            self.grid = torch.linspace(-1, 1, x.shape[-1])
+        return x + self.grid
+
+
+@functools.lru_cache
+def cached_grid(size: int) -> Tensor:
+    return torch.linspace(0, 1, size)
+
+
+class CachedGrid(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return x * cached_grid(x.shape[-1])
+
+
+@pytest.mark.parametrize("kind", [Scratch, FilledInOnce, CachedGrid], ids=lambda kind: kind.__name__)
+def test_attributes_without_memory_are_exact_and_left_as_they_were(kind: type[nn.Module]) -> None:
+    check_exact(functools.partial(made, kind), frames_of())
+    model = made(kind)
+    before = dict(vars(model))
+    ss.cut(model, torch.rand(SIZE), num_stages=2)
+    assert dict(vars(model)) == before
+    assert type(cached_grid(8)) is Tensor
+    with torch.inference_mode():
+        assert_equal(model(frames_of()[0]), plain_answers(made(kind), frames_of())[0])
+
+
+# --- the example
+
+
+class Pair(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(), conv()
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 1.0) -> Tensor:
+        return self.a(x) - scale * self.b(y)
+
+
+def test_one_tensor_for_two_arguments_of_the_example() -> None:
+    x = torch.rand(SIZE)
+    pairs = list(zip(frames_of(seed=1), frames_of(seed=2)))
+    for example in ((x, x), (x, x[:]), (x, x.view(SIZE)), (x, x.permute(0, 1, 3, 2))):
+        check_exact(functools.partial(made, Pair), pairs, example=example)
+
+
+def test_numbers_of_the_example_may_be_nan_and_keep_their_type() -> None:
+    x = torch.rand(SIZE)
+    stages = ss.cut(made(Pair), (x, x, float("nan")), num_stages=2)
+    assert stages(x, x, float("nan")).isnan().all()
+    stages = ss.cut(made(Pair), (x, x, 2), num_stages=2)
+    for wrong in (2.0, True, 3):
+        with pytest.raises(ss.errors.LayoutError if hasattr(ss, "errors") else SidestreamError, match="given"):
+            stages(x, x, wrong)
+
+
+class LooksAtLayout(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if x.is_contiguous() else x * 3
+
+
+class ViewsContiguous(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x.contiguous().view(1, 3, 64).tanh().view(SIZE))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda x: torch.cat([x, x], dim=3)[..., :8],
+    "odd offset": lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("kind", [LooksAtLayout, ViewsContiguous, Net], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("of_example", LAYOUTS)
+def test_frames_are_laid_out_like_the_example(kind: type[nn.Module], of_example: str) -> None:
+    lay_out = LAYOUTS[of_example]
+    example = lay_out(torch.rand(SIZE))
+    try:
+        stages = ss.cut(made(kind), example, num_stages=2, costs="uniform")
+    except CutError:
+        return
+    frames = frames_of(5)
+    like = [torch.empty_strided(SIZE, example.stride()).copy_(f) for f in frames]
+    expected = plain_answers(made(kind), like)
+    given = [other(f) for other, f in zip(LAYOUTS.values(), frames)]
+    for executor in ("inline", "threads", "frame-parallel"):
+        assert_run(stages, given, expected, executor)
+
+
+def test_a_source_may_write_every_frame_into_the_same_memory() -> None:
+    frames = frames_of(20)
+    expected = plain_answers(made(Net), frames)
+    stages = ss.cut(made(Net), frames[0], num_stages=3, costs="uniform")
+
+    def reused() -> Iterator[Tensor]:
+        memory = torch.empty(SIZE)
+        for frame in frames:
+            yield memory.copy_(frame)
+
+    for executor in ("inline", "threads", "sequential", "frame-parallel"):
+        outputs = list(ss.run(ss.pipelined(stages), reused(), executor=executor, num_threads=2))
+        if executor == "sequential":
+            torch.testing.assert_close([o.value for o in outputs], expected)
+        else:
+            assert_equal([o.value for o in outputs], expected, executor)
+
+
+# --- paths that are taken only while a model is traced
+
+
+class AsksForTracing(Net):
+    ask: Callable[[], bool] = staticmethod(torch.compiler.is_compiling)
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * 2 if self.ask() else x * 3
+
+
+class AsksForExport(AsksForTracing):
+    ask = staticmethod(torch.compiler.is_exporting)
+
+
+class AsksForGradients(AsksForTracing):
+    ask = staticmethod(torch.is_grad_enabled)
+
+
+class AsksForInference(AsksForTracing):
+    ask = staticmethod(torch.is_inference_mode_enabled)
+
+
+@pytest.mark.parametrize("kind", [AsksForTracing, AsksForExport, AsksForInference], ids=lambda kind: kind.__name__)
+def test_another_path_while_tracing_is_refused_with_its_place(kind: type[nn.Module]) -> None:
+    with pytest.raises(CutError, match=r"first at .*takes another path while it is traced"):
+        ss.cut(made(kind), torch.rand(SIZE), num_stages=2, costs="uniform")
+
+
+def test_the_path_without_gradients_is_the_one_that_runs() -> None:
+    check_exact(functools.partial(made, AsksForGradients), frames_of())
+
+
+class FrozenBody(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.head(x)
+
+
+class Checkpointed(Net):
+    reentrant = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = checkpoint(self.body, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+class CheckpointedAnew(Checkpointed):
+    reentrant = False
+
+
+class HalfPrecisionInside(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.body(x)
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize(
+    "kind", [FrozenBody, Checkpointed, CheckpointedAnew, HalfPrecisionInside], ids=lambda kind: kind.__name__
+)
+def test_regions_are_exact_and_open(kind: type[nn.Module]) -> None:
+    check_exact(functools.partial(made, kind), frames_of())
+    stages = ss.cut(made(kind), torch.rand(SIZE), num_stages=4, costs="uniform")
+    assert any("body" in stage.name and "head" not in stage.name for stage in stages)
+    names = [stage.name for stage in ss.cut(made(kind), torch.rand(SIZE), cut=("body.1", "head"), costs="uniform")]
+    assert len(names) == 3
+
+
+def test_a_model_that_turns_gradients_off_inside_is_not_trained_as_if_it_did_not() -> None:
+    pairs = [(f, torch.zeros(SIZE)) for f in frames_of(3)]
+    stages = ss.cut(made(FrozenBody), pairs[0][0], num_stages=2, costs="uniform")
+    with pytest.raises(SidestreamError, match="turns gradients on or off inside"):
+        list(ss.run(ss.pipelined(stages), pairs, rule=ss.Exact(F.mse_loss), executor="inline"))
+
+
+# --- the caller's modes, and the process
+
+
+def test_autocast_around_run_is_the_same_on_every_executor() -> None:
+    frames = frames_of(4)
+    stages = ss.cut(made(Net), frames[0], num_stages=2, costs="uniform")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = plain_answers(made(Net), frames)
+        for executor in ("inline", "threads", "sequential", "frame-parallel"):
+            assert_run(stages, frames, expected, executor)
+    assert expected[0].dtype == torch.bfloat16
+    running = ss.run(ss.pipelined(stages), frames, executor="inline")
+    with torch.autocast("cpu", torch.bfloat16):  # begun outside of it
+        assert_equal([o.value for o in running], plain_answers_without_autocast(frames))
+
+
+def plain_answers_without_autocast(frames: list[Tensor]) -> list[Tensor]:
+    with torch.autocast("cpu", enabled=False):
+        return plain_answers(made(Net), frames)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_cut_in_any_gradient_mode(mode: Any) -> None:
+    frames = frames_of(3)
+    with mode():
+        stages = ss.cut(made(FrozenBody), torch.rand(SIZE), num_stages=3, costs="uniform")
+    assert_run(stages, frames, plain_answers(made(FrozenBody), frames), "threads")
+
+
+def test_a_cut_under_autocast_is_the_model_under_autocast() -> None:
+    frames = frames_of(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        stages = ss.cut(made(Net), torch.rand(SIZE), num_stages=3, costs="uniform")
+        for executor in ("inline", "threads"):
+            assert_run(stages, frames, plain_answers(made(Net), frames), executor)
+
+
+def test_a_model_that_ran_in_inference_mode_before() -> None:
+    for kind in (FilledInOnce, AssignsBuffer, WritesBuffer):
+        model, frames = made(kind), frames_of(4)
+        with torch.inference_mode():
+            model(frames[0].clone())  # a grid, a state: now tensors of inference mode
+        twin = made(kind)
+        with torch.inference_mode():
+            twin(frames[0].clone())
+            expected = [twin(f.clone()).clone() for f in frames]
+        stages = ss.cut(model, torch.rand(SIZE), num_stages=2, costs="uniform")
+        assert_run(stages, frames, expected, "threads")
+
+
+# --- whole modules
+
+
+class OpaqueSmooth(nn.Module):
+    """A running mean, faster where the frame changes much: a branch on values, which cannot be traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(SIZE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = float((x - self.mean).abs().mean()) > 0.3
+        self.mean.mul_(0.2 if fast else 0.8).add_(x * (0.8 if fast else 0.2))
+        return self.mean.clone()
+
+
+class OpaqueAssigned(OpaqueSmooth):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + x if float(x.mean()) > 0.0 else x
+        return self.mean
+
+
+class OpaqueRarely(OpaqueSmooth):
+    """Writes on some frames only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if float(x.mean()) > 0.1:
+            self.mean.copy_(x)
+        return self.mean + x
+
+
+class OpaqueWorkspace(OpaqueSmooth):
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.copy_(x * 2 if float(x.mean()) > 0.5 else x)
+        return self.mean
+
+
+class OpaqueCounter(nn.Module):
+    count = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count += 1
+        return x * 3 if self.count % 5 == 0 and float(x.abs().max()) > 0 else x * 1
+
+
+def around(middle: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential()
+    net.stem, net.middle, net.head, net.tail = nn.Identity(), middle(), conv(), conv()
+    return net.eval()
+
+
+@pytest.mark.parametrize(
+    "middle", [OpaqueSmooth, OpaqueAssigned, OpaqueRarely, OpaqueWorkspace], ids=lambda kind: kind.__name__
+)
+def test_modules_that_stay_whole_keep_their_buffers_apart(middle: type[nn.Module]) -> None:
+    frames = [f - 0.5 * (n % 2) for n, f in enumerate(frames_of(12))]
+    check_exact(functools.partial(around, middle), frames, cut=("head", "tail"))
+
+
+def test_a_counter_in_a_module_that_stays_whole_is_refused() -> None:
+    with pytest.raises(CutError, match=r"middle\.count"):
+        ss.cut(around(OpaqueCounter), torch.rand(SIZE), cut=("head", "tail"))
+
+
+class ThreeAnswers(nn.MultiheadAttention):
+    """Attention that answers with one thing more."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:  # type: ignore[override]
+        answer, weights = super().forward(query, key, value)
+        return answer, weights, query.mean()
+
+
+class CountingAttention(nn.MultiheadAttention):
+    """Attention with a memory in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, batch_first=True)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Any:  # type: ignore[override]
+        self.seen += 1
+        answer, weights = super().forward(query, key, value)
+        return answer * self.seen, weights
+
+
+class Attending(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.first, self.attention, self.last = nn.Linear(8, 8), attention, nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        answer, *rest = self.attention(x, x, x)
+        return (self.last(answer), *rest)
+
+
+ATTENTIONS: dict[str, Callable[[], nn.Module]] = {
+    "torch's own": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+    "three answers": lambda: ThreeAnswers(8, 2, batch_first=True),
+    "with a buffer": CountingAttention,
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_attention_and_its_subclasses(attention: str) -> None:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return Attending(ATTENTIONS[attention]()).eval()
+
+    check_exact(make, frames_of(size=(1, 5, 8)))
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(layer, 2), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, is_padding: Tensor) -> Tensor:
+        return self.head(self.encoder(x, src_key_padding_mask=is_padding))
+
+
+def test_padding_masks_of_a_transformer_encoder() -> None:
+    masks = [torch.arange(5).expand(2, 5) >= torch.tensor([[5], [n]]) for n in (3, 1, 2, 4, 3, 2)]
+    check_exact(functools.partial(made, Encoder), list(zip(frames_of(size=(2, 5, 8)), masks)), most_stages=2)
+
+
+# --- what else a user may hand over
+
+
+def test_compiled_and_exported_models_are_the_models_that_they_were() -> None:
+    frames = frames_of(3)
+    expected = plain_answers(made(Net), frames)
+    exported = torch.export.export(made(Net), (frames[0],))
+    for model in (torch.compile(made(Net)), exported, exported.module()):
+        stages = ss.cut(model, frames[0], num_stages=3, costs="uniform")
+        assert_run(stages, frames, expected, "threads")
+
+
+@pytest.mark.parametrize("thing", [lambda x: x, "resnet50", torch.nn.functional.relu, nn.Conv2d])
+def test_what_is_no_module_is_refused(thing: Any) -> None:
+    with pytest.raises(CutError, match=r"give an nn\.Module"):
+        ss.cut(thing, torch.rand(SIZE))
+
+
+class Draws(Net):
+    def between(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, training=True)
+
+
+def test_random_numbers_are_drawn_in_the_models_order_or_refused() -> None:
+    frames = frames_of(4)
+    stages = ss.cut(made(Draws), frames[0], num_stages=2, costs="uniform")
+    twin = made(Draws)
+    torch.manual_seed(3)
+    with torch.inference_mode():
+        expected = [twin(f) for f in frames]
+    for executor in ("sequential", "auto"):
+        torch.manual_seed(3)
+        outputs = ss.run(ss.pipelined(stages), frames, executor=executor, num_threads=1)
+        assert_equal([o.value for o in outputs], expected, executor)
+    for executor in ("threads", "frame-parallel", "inline"):
+        with pytest.raises(CircuitError, match="draws random numbers"):
+            ss.run(ss.pipelined(stages), frames, executor=executor)
+
+
+# --- a model that is changed after the cut
+
+
+def test_weights_that_are_replaced_after_the_cut_are_taken_over() -> None:
+    frames = frames_of(3)
+    model, other = made(Net), made(Net)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    stages = ss.cut(model, frames[0], num_stages=3, costs="uniform")
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert_run(stages, frames, plain_answers(other, frames), "threads")
+    model.head[0][0].weight = nn.Parameter(torch.ones_like(model.head[0][0].weight))
+    assert_run(stages, frames, plain_answers(model, frames), "threads")
+    model.head[0][0].weight = nn.Parameter(torch.ones(2, 3, 3, 3))
+    with pytest.raises(CircuitError, match=r"'head\.0\.0\.weight' was replaced"):
+        ss.run(ss.pipelined(stages), frames)
+
+
+def test_modules_and_hooks_that_are_replaced_after_the_cut_are_refused() -> None:
+    model = made(Net)
+    stages = ss.cut(model, torch.rand(SIZE), num_stages=3, costs="uniform")
+    kept, model.body[0] = model.body[0], conv()
+    with pytest.raises(CircuitError, match=r"module 'body\.0\.0' of the model was replaced"):
+        stages(torch.rand(SIZE))
+    model.body[0] = kept
+    handle = model.head[1][0].register_forward_hook(lambda module, given, answer: answer * 2)
+    with pytest.raises(CircuitError, match=r"hooks of module 'head\.1\.0' were added"):
+        stages(torch.rand(SIZE))
+    handle.remove()
+    stages(torch.rand(SIZE))
+
+
+def test_hooks_that_change_values_are_part_of_the_cut_and_hooks_with_a_memory_are_refused() -> None:
+    def doubled() -> nn.Module:
+        model = made(Net)
+        model.body.register_forward_hook(lambda module, given, answer: answer * 2)
+        return model
+
+    check_exact(doubled, frames_of())
+    model, kept = made(Net), []
+    model.body.register_forward_hook(lambda module, given, answer: kept.append(answer))
+    with pytest.raises(CutError, match="kept"):
+        ss.cut(model, torch.rand(SIZE), num_stages=2)
+    assert kept == []
