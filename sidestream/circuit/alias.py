@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sidestream.circuit.measure import CALLS, NodeRecord
+from sidestream.circuit.stage import strided_copy
 
 _MOST_GLUED = 8
 """Nodes that an in-place operation may glue together before it is made on a copy instead."""
@@ -173,9 +174,16 @@ def _copy_before(graph: fx.Graph, write: Write, position: Mapping[fx.Node, int])
 
 
 def _clone(graph: fx.Graph, node: fx.Node, *, like: fx.Node) -> fx.Node:
-    clone = graph.call_function(torch.ops.aten.clone.default, (node,))
+    clone = graph.call_function(copy_of(node), (node,))
     clone.meta["nn_module_stack"] = like.meta.get("nn_module_stack")
     return clone
+
+
+def copy_of(node: fx.Node) -> Any:
+    """The operator that copies what the node makes: another one where that lies in memory with gaps, which stay."""
+    made = node.meta.get("val")
+    has_gaps = isinstance(made, torch.Tensor) and made.clone().stride() != made.stride()
+    return strided_copy if has_gaps else torch.ops.aten.clone.default
 
 
 def _makes_tuple(node: fx.Node) -> bool:

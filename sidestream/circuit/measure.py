@@ -13,12 +13,12 @@ import torch
 from torch import fx, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from sidestream.circuit.regions import RegionInterpreter, mode_of
 from sidestream.circuit.same import same_tensor
 from sidestream.circuit.stage import strides_of
 from sidestream.errors import CutError
+from sidestream.report.flops import counting_flops
 
 COSTS = ("measured", "parameters", "flops", "uniform")
 Costs = str | Sequence[float]
@@ -277,7 +277,7 @@ class _Flops(RegionInterpreter):
         self.flops: dict[fx.Node, int] = {}
 
     def run_node(self, n: fx.Node) -> Any:
-        with FlopCounterMode(display=False) as counter:
+        with counting_flops() as counter:
             value = super().run_node(n)
         self.flops[n] = counter.get_total_flops()
         return value

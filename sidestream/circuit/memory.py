@@ -52,6 +52,7 @@ class Snapshot:
         self._caches: list[tuple[Any, int]] = []
         self._registered = {id(buffer) for buffer in model.buffers()}
         self._undo.append(undo.shared_generators())
+        self._is_new(model)
         self._module("", model)
 
     def restore(self) -> None:
@@ -81,15 +82,13 @@ class Snapshot:
         return True
 
     def _module(self, path: str, module: nn.Module) -> None:
-        if not self._is_new(module):
-            return
         own = vars(module)
         for table in (own, module._parameters, module._buffers, module._modules):
             self._undo.append(undo.dict_of(table))
         for name, buffer in module._buffers.items():
             self.buffers[_joined(path, name)] = self._tensor(buffer)
         for name, child in module._modules.items():
-            if child is not None:
+            if child is not None and self._is_new(child):
                 self._module(_joined(path, name), child)
         for name, value in own.items():
             if name not in _OWN_KEYS:

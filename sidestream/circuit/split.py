@@ -7,10 +7,10 @@ from bisect import bisect_right
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from sidestream.circuit import alias
 from sidestream.circuit.alias import call_nodes
 from sidestream.circuit.regions import close_regions
 from sidestream.circuit.stage import SOURCE, Link
@@ -41,7 +41,8 @@ def split(module: fx.GraphModule, boundaries: Sequence[int]) -> tuple[list[Piece
         outputs: list[Argument] = [n for n in nodes if any(home.get(u, K + 1) > number for u in n.users)]
         if number == K:  # constants and parameters in the answer
             outputs += [leaf for leaf in answer if not (isinstance(leaf, fx.Node) and leaf in home)]
-        pieces.append(Piece(tuple(nodes), _inputs(nodes, home, number), tuple(outputs)))
+        inputs = _inputs(nodes, home, number) or tuple(placeholders[:1])  # so that each stage goes with the frames
+        pieces.append(Piece(tuple(nodes), inputs, tuple(outputs)))
     return pieces, _links(pieces, placeholders, answer, home)
 
 
@@ -69,7 +70,7 @@ def piece_module(
         copies[node].meta = {k: v for k, v in node.meta.items() if k in _KEPT_META}
     made = fx.node.map_arg(piece.outputs, copied)
     shown = [n for n in piece.outputs if isinstance(n, fx.Node) and n in copied_out]
-    clones = {copies[n]: graph.call_function(torch.ops.aten.clone.default, (copies[n],)) for n in dict.fromkeys(shown)}
+    clones = {copies[n]: graph.call_function(alias.copy_of(n), (copies[n],)) for n in dict.fromkeys(shown)}
     graph.output(fx.node.map_arg(made, lambda n: clones.get(n, n)))
     graph.lint()
     result = fx.GraphModule(module, graph, class_name)

@@ -185,7 +185,7 @@ def flatten_inputs(
 def like_example(leaves: Sequence[Any], example: Any = None, *, copies: bool = False) -> list[Any]:
     """Leaves of a call that has the right structure: see ``flatten_inputs``."""
     if example is None:
-        return [leaf.clone() if copies and isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return [strided_copy(leaf) if copies and isinstance(leaf, Tensor) else leaf for leaf in leaves]
     return [_like(leaf, model, copies) for leaf, model in zip(leaves, pytree.tree_leaves(example), strict=True)]
 
 
@@ -205,7 +205,15 @@ def _like(given: Any, example: Any, copies: bool) -> Any:
         and given.stride() != (wanted := strides_of(example))
     ):
         return torch.empty_strided(given.shape, wanted, dtype=given.dtype, device=given.device).copy_(given)
-    return given.clone() if copies else given
+    return strided_copy(given) if copies else given
+
+
+def strided_copy(tensor: Tensor) -> Tensor:
+    """A copy with the same strides, also of a tensor that lies in memory with gaps."""
+    copy = tensor.clone()
+    if tensor.layout is not torch.strided or copy.stride() == (wanted := strides_of(tensor)):
+        return copy
+    return torch.empty_strided(tensor.shape, wanted, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 def strides_of(example: Tensor) -> tuple[int, ...]:

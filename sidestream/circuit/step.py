@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sidestream.circuit.measure import storage_of
-from sidestream.circuit.stage import State, Values
+from sidestream.circuit.stage import State, Values, strided_copy
 from sidestream.errors import CircuitError, LayoutError
 
 Check = tuple[int, str, torch.Size, torch.dtype]
@@ -164,7 +164,7 @@ def _slot(module: nn.Module, name: str) -> Slot:
 def _copies(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Copies of tensors; those that share memory share it afterwards, too."""
     if len(tensors) < 2 or len({storage_of(t) for t in tensors}) == len(tensors):
-        return tuple(t.detach().clone() for t in tensors)
+        return tuple(strided_copy(t.detach()) for t in tensors)
     memories: dict[Any, Any] = {}
     copied = []
     for t in tensors:

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.assignments import assignments_written
 from sidestream.circuit.opaque import keeping_whole, restore_calls
 from sidestream.circuit.regions import open_regions
 from sidestream.errors import CutError
@@ -61,9 +62,12 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     try:
-        with _quiet(), keeping_whole(model) as calls, torch.set_grad_enabled(model.training):
+        grads = torch.set_grad_enabled(model.training)
+        with _quiet(), keeping_whole(model) as calls, assignments_written(model), grads:
             program = torch.export.export(model, args, kwargs, strict=False)
         module = program.module(check_guards=False)
+    except CutError:
+        raise
     except Exception as error:
         raise CutError(
             f"{type(model).__name__} cannot be traced at {place_of(error)}: {one_line(error)}; "

@@ -59,6 +59,12 @@ class Circuit:
         check_links(self.stages, links, self.in_spec.num_leaves, self.out_spec.num_leaves)
         if not any(w.source == SOURCE for w in self.wires):
             raise CircuitError("no stage reads a frame, so the circuit would never end; keep a wire from the source")
+        for number, stage in enumerate(self.stages, start=1):
+            if stage.is_stateful and not stage.num_inputs:
+                raise CircuitError(
+                    f"stage {number} ({stage.name}) keeps state but reads nothing, so it would not go with the frames; "
+                    "let it read the source"
+                )
         _check_delays(self)
         _check_periods(self)
 

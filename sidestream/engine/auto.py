@@ -7,9 +7,8 @@ limit and one answer's time each, however long that is.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -71,7 +70,17 @@ def choose(
         return Choice("sequential", "the model draws random numbers, whose order is the model's in sequence only", ())
     excluded = why_not_frame_parallel(circuit)
     names = [name for name in CANDIDATES if name != "frame-parallel" or excluded is None]
-    trials = tuple(measure(name, item, try_run, seconds / len(names), clock=clock) for name in names)
+    trials = tuple(
+        measure(
+            name,
+            item,
+            try_run,
+            seconds / len(names),
+            period_ticks=max(s.period_ticks for s in circuit.stages),
+            clock=clock,
+        )
+        for name in names
+    )
     best, why = pick(trials, frame_rate)
     note = "" if excluded is None else f"; frame-parallel left out: {excluded}"
     return Choice(best.executor, f"{why}{note}", trials)
@@ -92,7 +101,14 @@ def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, st
 
 
 def _basis(trial: Trial) -> str:
+    if trial.too_few < 0:
+        return " by the frames taken, before the first answer"
     return f" by {trial.too_few} answer{'s' * (trial.too_few > 1)} only" if trial.too_few else ""
+
+
+class TimeIsUp(BaseException):
+    """Ends a trial from inside of its source: a run drains after any other end, which a model that looks ahead makes as
+    long as the trial."""
 
 
 def measure(
@@ -101,31 +117,53 @@ def measure(
     try_run: Callable[[str, Iterator[Any]], Iterator[Any]],
     seconds: float,
     *,
+    period_ticks: int = 1,
     clock: Clock = WALL,
 ) -> Trial:
     """Run ``executor`` on the same item over and over: warm up for a quarter of the time, then count for the rest.
 
-    Two answers at least in either part, unless ``LIMIT_SECONDS`` (or ``seconds``, where that is more) are over after
-    the first one; then all answers count that there are, and their latency without the first's, where there are more.
+    Two answers at least in either part, unless ``LIMIT_SECONDS`` (or ``seconds``, where that is more) are over first:
+    then all answers count that there are, and their latency without the first's, where there are more. A model that
+    looks so far ahead that there is none by then is judged by the frames that it took.
     """
-    outputs = try_run(executor, itertools.repeat(item))
+    taken: list[float] = []
     began = clock.now()
     limit = began + max(LIMIT_SECONDS, seconds)
-    warm_up = _until(outputs, began + 0.25 * seconds, limit, clock)
-    started = clock.now()
-    counted = [] if started >= limit else _until(outputs, started + 0.75 * seconds, limit, clock)
+
+    def items() -> Iterator[Any]:
+        while len(taken) < AT_LEAST + 1 or clock.now() < limit:
+            taken.append(clock.now())
+            yield item
+        raise TimeIsUp
+
+    outputs = try_run(executor, items())
+    warm_up, counted, started = _Latencies(), _Latencies(), began
+    try:
+        warm_up.take(outputs, began + 0.25 * seconds, limit, clock)
+        started = clock.now()
+        counted.take(outputs, started + 0.75 * seconds, limit, clock)
+    except TimeIsUp:
+        pass
     ended = clock.now()
     if hasattr(outputs, "close"):
         outputs.close()
-    if len(counted) >= AT_LEAST:
-        return Trial(executor, len(counted) / (ended - started), median(counted))
-    first, *rest = latencies = warm_up + counted  # in the first everything is cold
-    return Trial(executor, len(latencies) / (ended - began), median(rest or [first]), too_few=len(latencies))
+    if len(counted.seconds) >= AT_LEAST:
+        rate = len(counted.seconds) * period_ticks / (ended - started)
+        return Trial(executor, rate, median(counted.seconds))
+    if latencies := warm_up.seconds + counted.seconds:
+        first, *rest = latencies  # in the first everything is cold
+        rate = len(latencies) * period_ticks / (ended - began)
+        return Trial(executor, rate, median(rest or [first]), too_few=len(latencies))
+    return Trial(executor, (len(taken) - 1) / (ended - taken[0]), ended - began, too_few=-1)
 
 
-def _until(outputs: Iterator[Any], deadline: float, limit: float, clock: Clock) -> list[float]:
-    """Latencies of the answers up to ``deadline``; of too few also those up to ``limit``, and of the first always."""
-    latencies: list[float] = []
-    while not latencies or clock.now() < (deadline if len(latencies) >= AT_LEAST else limit):
-        latencies.append(next(outputs).latency_seconds)
-    return latencies
+@dataclass
+class _Latencies:
+    """Of the answers of one part of a trial; those that came count even when the time is up."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    def take(self, outputs: Iterator[Any], deadline: float, limit: float, clock: Clock) -> None:
+        """Answers up to ``deadline``; of too few also those up to ``limit``."""
+        while clock.now() < (deadline if len(self.seconds) >= AT_LEAST else limit):
+            self.seconds.append(next(outputs).latency_seconds)

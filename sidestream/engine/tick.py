@@ -141,20 +141,12 @@ class Machine:
         self.latency = latency_ticks(self.circuit) + look_ahead_ticks(self.circuit)
         for number in range(1, K + 1):  # a stage that reads nothing still ticks with the source
             if not inboxes[number]:
-                inboxes[number].append(deque([SILENCE] * self._num_ticks_before(number)))
+                inboxes[number].append(deque([SILENCE] * self.latency))
                 self._source[0].append(inboxes[number][0])
         if self.rule.goes_back:
             self._add_lines_back(inboxes, outboxes)
         self._sink = inboxes[K + 1]
         self.cells = [self._cell(n, inboxes[n], outboxes[n]) for n in range(1, K + 1)]
-
-    def _num_ticks_before(self, number: int) -> int:
-        """Ticks of a stage that reads nothing before that of the first frame. One without memory may be early."""
-        circuit = self.circuit
-        if not circuit.stages[number - 1].is_stateful:
-            return self.latency
-        wires, lags = [w for w in circuit.wires if w.source == number], lags_of(circuit)
-        return max((lags[w.target] - w.delay for w in wires), default=0)
 
     def _add_lines_back(self, inboxes: list[list[Line]], outboxes: list[list[list[Line]]]) -> None:
         stages = self.circuit.stages

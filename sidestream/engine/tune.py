@@ -107,7 +107,13 @@ class _Search:
                 say(f"{setting}, {executor}: measuring")
                 circuit = pipelined(self._compiled(stages, backend, executor))
                 item = self.example if isinstance(self.example, tuple | dict) else (self.example,)
-                trial = measure(executor, item, partial(self._run, circuit), self.seconds)
+                trial = measure(
+                    executor,
+                    item,
+                    partial(self._run, circuit),
+                    self.seconds,
+                    period_ticks=max(s.period_ticks for s in stages),
+                )
                 self.found.append(_Found(replace(trial, setting=setting), circuit, backend))
         except InputError as error:
             if backend == "eager" or not may_fail:

@@ -28,6 +28,8 @@ _MULTIPLES_PX = {
     "qwen3_vit": 16,
     "tresnet": 4,
 }
+_LEAST_PX = {"inception_resnet_v2": 75, "inception_v3": 75, "inception_v4": 75}
+"""Module -> the least height and width, where the last kernels would be larger than the maps."""
 
 
 @cache
@@ -82,6 +84,8 @@ def sizes(model: nn.Module, spec: InputSpec) -> SizeRule:
         return SizeRule(multiple_of_px=spec.size_px)
     if config.get("fixed_input_size") and module not in _ANY_SIZE:
         return SizeRule(only_px=spec.size_px)
+    if module in _LEAST_PX:
+        return SizeRule(least_px=_LEAST_PX[module])
     multiple = _MULTIPLES_PX.get(module)
     return ANY_SIZE if multiple is None else SizeRule(multiple_of_px=(multiple, multiple))
 

@@ -24,9 +24,10 @@ def quiet() -> Iterator[None]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     trace = logging.getLogger("torch.__trace")
-    trace.propagate = False
+    level = trace.level
+    trace.setLevel(logging.CRITICAL)
     yield
-    trace.propagate = True
+    trace.setLevel(level)
     torch.set_num_threads(num_threads)
 
 

@@ -7,8 +7,8 @@
     statement       left out: a call, an assignment to an attribute or an item, +=, raise, break, continue
 
 What is no computation stays as it is: names given to constants, defaults of arguments, texts of errors, annotations,
-decorators, ``__repr__``. A place is chosen by the hash of its text and the seed, so that a change elsewhere in the file
-changes no choice.
+decorators, ``__repr__``, what draws with matplotlib. A place is chosen by the hash of its text and the seed, so that a
+change elsewhere in the file changes no choice.
 """
 
 from __future__ import annotations
@@ -85,12 +85,15 @@ def _places(node: ast.AST, scope: str) -> Iterator[Place]:
 
 
 def _is_no_computation(parent: ast.AST, node: ast.AST) -> bool:
-    """A name given to a constant or a field, what only type checkers read, and what is only printed."""
+    """A name given to a constant or a field, what only type checkers read, and what is only shown."""
     if isinstance(node, ast.Assign | ast.AnnAssign):
         return isinstance(parent, ast.Module | ast.ClassDef)
     if isinstance(node, ast.If):
         return ast.unparse(node.test) == "TYPE_CHECKING"
-    return isinstance(node, ast.FunctionDef) and node.name in ("__repr__", "extra_repr")
+    if not isinstance(node, ast.FunctionDef):
+        return False
+    draws = any(isinstance(n, ast.ImportFrom) and (n.module or "").startswith("matplotlib") for n in ast.walk(node))
+    return draws or node.name in ("__repr__", "extra_repr")
 
 
 def _putter(parent: ast.AST, name: str, n: int | None) -> Put:

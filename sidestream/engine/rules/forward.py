@@ -25,8 +25,7 @@ class Forward:
     def fire(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         if cell.tick % cell.period != cell.phase:
             return cell.held or (SILENCE,) * cell.stage.num_outputs
-        if cell.stage.num_inputs or not cell.stage.is_stateful:  # else it waits for the frames themselves
-            messages = messages[: cell.stage.num_inputs]
+        messages = messages[: cell.stage.num_inputs]
         if any(m.value is NOTHING for m in messages):
             outputs: Sequence[Message] = (SILENCE,) * cell.stage.num_outputs
         else:
@@ -44,8 +43,7 @@ class Forward:
     def _work(self, cell: Cell, messages: Sequence[Message]) -> Sequence[Message]:
         oldest = min((m.oldest for m in messages if m.oldest is not None), default=None)
         started = time.perf_counter()
-        inputs = tuple(m.value for m in messages[: cell.stage.num_inputs])
-        values, cell.state = run_stage(cell, inputs, frame_index=oldest)
+        values, cell.state = run_stage(cell, tuple(m.value for m in messages), frame_index=oldest)
         cell.busy_seconds += time.perf_counter() - started
         newest = max((m.newest for m in messages if m.newest is not None), default=None)
         is_warm_up = any(_is_warm_up(m, n in cell.fed_back) for n, m in enumerate(messages))
