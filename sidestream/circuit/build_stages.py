@@ -11,6 +11,7 @@ their shapes differ is not known to us.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -160,6 +161,12 @@ def _stage(module: nn.Module, name: str, inputs: Values) -> tuple[Stage, Values]
         outputs = _tried(module, name, step, inputs)
         watched = Watched(replace(plain, num_outputs=len(outputs), output_bytes=tuple(num_bytes(v) for v in outputs)))
         remembers = _remembers(watched, inputs)
+    if remembers:
+        warnings.warn(
+            f"stage {name!r} keeps state outside of its buffers, which all runs share and which a run that ends early "
+            "leaves ahead of its answers; register it as a buffer (self.register_buffer)",
+            stacklevel=4,
+        )
     stage = watched.declared()
     is_hidden = stage.hides_state or remembers or any(map(_has_running_statistics, module.modules()))
     return replace(stage, hides_state=is_hidden), outputs

@@ -136,7 +136,7 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     else:
         boundaries = named_boundaries(graph, model, names)
         check_allowed(names, boundaries, forbidden)
-    parts = Parts(traced, model, records, verifier.steers_gradients)
+    parts = Parts(traced, model, records, verifier.steers_gradients, verifier.moving)
     return parts.verified(parts.stages(boundaries, weights if costs == "measured" else None), boundaries, verifier)
 
 

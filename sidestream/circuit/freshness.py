@@ -2,26 +2,33 @@
 
 Weights that change in place are seen by every stage at once, since the tensors are shared. A tensor that is replaced
 (``load_state_dict(assign=True)``, ``model.fc.weight = ...``) is another object: it is looked for at the start of each
-run. A module that is replaced, a hook that is added, or another shape needs a new cut.
+run. A module that is replaced, a hook that is added, another shape, or another number or flag in an attribute needs a
+new cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import nn
 
+from sidestream.circuit.same import same_leaf
 from sidestream.circuit.step import GraphStep, Slot
 from sidestream.errors import CircuitError
 
+_PLAIN = (int, float, bool, str, type(None), tuple)
 
-def guard_of(model: nn.Module, stage_module: nn.Module, step: GraphStep) -> Callable[[], None]:
-    """What a stage does at the start of a run (``Stage.guard``)."""
+
+def guard_of(
+    model: nn.Module, step: GraphStep, paths: Collection[str], moving: Collection[str] = ()
+) -> Callable[[], None]:
+    """What a stage does at the start of a run (``Stage.guard``). ``paths``: dotted names of the modules that work in
+    it. ``moving``: attributes that forward itself assigns."""
     sources = {id(t): (m, table, key, path) for path, m in model.named_modules() for table, key, t in _tensors_of(m)}
     followed: list[_Followed] = []
-    modules: dict[str, nn.Module] = {}
+    modules = {path: m for path, m in model.named_modules(remove_duplicate=False) if path in paths}
     for slot in step.slots:
         found = sources.get(id(slot[0].get(slot[1])))
         if found is not None:
@@ -29,7 +36,37 @@ def guard_of(model: nn.Module, stage_module: nn.Module, step: GraphStep) -> Call
             followed.append(_Followed(slot, table, key, f"{path}.{key}" if path else key))
             modules[path] = owner
     hooks = {path: _num_hooks(m) for path, m in model.named_modules() if path in modules or not path}
-    return _Guard(model, followed, modules, hooks)
+    plain = [p for path, m in modules.items() for p in _plain_of(path, m) if p.name not in moving]
+    return _Guard(model, followed, modules, hooks, plain)
+
+
+def _plain_of(path: str, module: nn.Module) -> list[_Attribute]:
+    """Numbers, flags and plain tensors in attributes of a module, which are part of the graph."""
+    names = {key for key in vars(module) if key != "training" and not key.startswith("_")}
+    values = {key: vars(module)[key] for key in names}
+    kept = {k: v for k, v in values.items() if isinstance(v, (*_PLAIN, torch.Tensor))}
+    return [_Attribute(module, key, value, f"{path}.{key}" if path else key) for key, value in kept.items()]
+
+
+class _Attribute:
+    """An attribute of the model that the graph has taken over."""
+
+    def __init__(self, module: nn.Module, key: str, value: Any, name: str) -> None:
+        self.module, self.key, self.value, self.name = module, key, value, name
+        self.version = _version(value)
+
+    def check(self) -> None:
+        """CircuitError where it is another one now."""
+        now = vars(self.module).get(self.key)
+        is_same = now is self.value if isinstance(self.value, torch.Tensor) else same_leaf(now, self.value)
+        if not is_same or _version(now) != self.version:
+            raise CircuitError(
+                f"{self.name!r} of the model was changed after the cut, which took over its value; cut the model again"
+            )
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, str, Any]]:
@@ -62,9 +99,15 @@ class _Followed:
 
 class _Guard:
     def __init__(
-        self, model: nn.Module, followed: list[_Followed], modules: dict[str, nn.Module], hooks: dict[str, int]
+        self,
+        model: nn.Module,
+        followed: list[_Followed],
+        modules: dict[str, nn.Module],
+        hooks: dict[str, int],
+        plain: list[_Attribute],
     ) -> None:
         self._model, self._followed, self._modules, self._hooks = model, followed, modules, hooks
+        self._plain = plain
 
     def __call__(self) -> None:
         for path, module in self._modules.items():
@@ -76,6 +119,8 @@ class _Guard:
                     f"hooks of module {path!r} were added or removed after the cut, and stages do not call them; "
                     "cut the model again"
                 )
+        for attribute in self._plain:
+            attribute.check()
         for followed in self._followed:
             followed.follow(self._modules[followed.name.rpartition(".")[0]])
 

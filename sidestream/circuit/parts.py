@@ -16,7 +16,7 @@ from sidestream.circuit.difference import first_difference
 from sidestream.circuit.freshness import guard_of
 from sidestream.circuit.hidden import Watched
 from sidestream.circuit.measure import NodeRecord, hidden_buffers, num_bytes, own_copies
-from sidestream.circuit.split import Piece, module_path, piece_module, piece_name, split
+from sidestream.circuit.split import Piece, module_path, module_paths, piece_module, piece_name, split
 from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values, flatten_inputs
 from sidestream.circuit.step import Check, graph_step
 from sidestream.circuit.trace import Traced
@@ -31,6 +31,8 @@ class Parts:
     model: nn.Module
     records: Mapping[fx.Node, NodeRecord]
     steers_gradients: bool
+    moving: frozenset[str] = frozenset()
+    """Attributes that forward itself assigns."""
 
     def stages(self, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
         """The stages that begin at ``boundaries``."""
@@ -64,7 +66,7 @@ class Parts:
             init_buffers=step.init_buffers if step.has_buffers else None,
             draws=any(self.records[node].draws for node in piece.nodes),
             module=module,
-            guard=guard_of(self.model, module, step),
+            guard=guard_of(self.model, step, {"", *(p for n in piece.nodes for p in module_paths(n))}, self.moving),
         )
 
     @cached_property

@@ -66,6 +66,11 @@ class Verifier:
     stream: Stream | None = None
     """For a model that runs as a stream of frames with a state: how it is called."""
 
+    @property
+    def moving(self) -> frozenset[str]:
+        """Attributes that forward assigns, though they are no state."""
+        return frozenset(path.partition("[")[0] for path in (*self.filled_in, *self._scratch))
+
     def look(self) -> None:
         """Run the plain model. Raises CutError where it fails, or keeps state that no buffer holds."""
         if self.how == "off":
@@ -91,6 +96,7 @@ class Verifier:
                 with torch.inference_mode(not self.model.training):
                     answer = self._call(probe)
             except CutError:  # it is no input for this model (an index out of range, say); the example is
+                (snapshots[-1] if snapshots else self.before).restore()
                 probe = (self.args, self.kwargs)
                 answer = self._call(probe)
             self.probes.append(probe)

@@ -33,7 +33,7 @@ class PerFrame(Steppable):
         return pytree.tree_map(lambda a: a.unflatten(0, (num_streams, num_frames)), answers)
 
     def blank(self, frame_BCHW: Tensor) -> Any:
-        """As in evaluation mode, and with buffers put back, so that looking for the shape leaves no trace in a module."""
+        """As in evaluation mode, and with buffers put back: looking for the shape leaves no trace in a module."""
         modes = [(m, m.training) for m in self.module.modules() if m.training]
         buffers = [
             (m._buffers, name, b) for m in self.module.modules() for name, b in m._buffers.items() if b is not None

@@ -1162,9 +1162,11 @@ def around_it(middle: Callable[[], nn.Module]) -> nn.Module:
 def test_attributes_of_layers_are_refused_and_of_stages_by_hand_keep_frames_in_order() -> None:
     with pytest.raises(CutError, match=r"'1\.module\.last'"):
         stream_of(Keeps)
-    stages = stages_by_hand(Keeps)
+    with pytest.warns(UserWarning, match="'2:Keeps' keeps state outside of its buffers"):
+        stages = stages_by_hand(Keeps)
     with pytest.raises(CircuitError, match="stages with state"):
         ss.run(ss.pipelined(stages), frames_of(), executor="frame-parallel")
+    assert_run(stages, frames_of(), plain_answers(around_it(Keeps), frames_of()), "threads")
 
 
 def test_a_stage_with_state_that_reads_nothing_is_refused() -> None:
@@ -1280,7 +1282,7 @@ def test_modules_and_hooks_that_are_replaced_after_the_cut_are_refused() -> None
     model = made(Net)
     stages = ss.cut(model, torch.rand(SIZE), num_stages=3, costs="uniform")
     kept, model.body[0] = model.body[0], conv()
-    with pytest.raises(CircuitError, match=r"module 'body\.0\.0' of the model was replaced"):
+    with pytest.raises(CircuitError, match=r"module 'body\.0.*' of the model was replaced"):
         stages(torch.rand(SIZE))
     model.body[0] = kept
     handle = model.head[1][0].register_forward_hook(lambda module, given, answer: answer * 2)
@@ -1288,6 +1290,49 @@ def test_modules_and_hooks_that_are_replaced_after_the_cut_are_refused() -> None
         stages(torch.rand(SIZE))
     handle.remove()
     stages(torch.rand(SIZE))
+
+
+class Scaled(Net):
+    def make(self) -> None:
+        self.scale, self.offset, self.size = 2.0, torch.ones(1), 0
+
+    def between(self, x: Tensor) -> Tensor:
+        self.size = x.shape[-1]
+        return x * self.scale + self.offset
+
+
+def test_numbers_and_tensors_in_attributes_that_change_after_the_cut_are_refused() -> None:
+    model, frame = made(Scaled), torch.rand(SIZE)
+    stages = ss.cut(model, frame, num_stages=1, costs="uniform")
+    with torch.inference_mode():
+        expected = model(frame)  # assigns its size, which is no change
+    assert_equal(stages(frame), expected)
+    for change, back in (
+        (lambda: setattr(model, "scale", 3.0), lambda: setattr(model, "scale", 2.0)),
+        (lambda: setattr(model, "offset", torch.zeros(1)), None),
+    ):
+        change()
+        with pytest.raises(CircuitError, match=r"'(scale|offset)' of the model was changed after the cut"):
+            stages(frame)
+        if back is not None:
+            back()
+            assert_equal(stages(frame), expected)
+    stages = ss.cut(model, frame, num_stages=1, costs="uniform")
+    model.offset.add_(1.0)  # type: ignore[operator, union-attr]
+    with pytest.raises(CircuitError, match="'offset' of the model was changed"):
+        ss.run(ss.pipelined(stages), [frame])
+
+
+def test_a_replaced_module_without_weights_is_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(0.1), nn.Linear(4, 4)).eval()
+    stages = ss.cut(model, torch.rand(1, 4), num_stages=2, costs="uniform")
+    model[1].negative_slope = 0.5
+    with pytest.raises(CircuitError, match=r"'1\.negative_slope' of the model was changed"):
+        stages(torch.rand(1, 4))
+    model[1] = nn.ReLU()
+    with pytest.raises(CircuitError, match="module '1' of the model was replaced"):
+        stages(torch.rand(1, 4))
 
 
 def test_hooks_that_change_values_are_part_of_the_cut_and_hooks_with_a_memory_are_refused() -> None:
