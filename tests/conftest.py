@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -15,6 +16,9 @@ hypothesis.settings.load_profile("any machine")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, here and in what tests start, or the workers fight for cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # answers are equal to the bit on as many threads: those of a worker
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background: tests press Ctrl-C, here and in children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -33,7 +33,11 @@ LIMIT_SECONDS = 240
 """For all tests of one file; those that are over first are those named after it, then those that import it."""
 OF_A_TEST_SECONDS = 60
 FIRST_OF = {
-    "circuit/test_cut.py": "alias chain_costs freshness measure memory names opaque slice split step trace verify",
+    "circuit/test_cut.py": "chain_costs names slice split",
+    "circuit/test_exactness.py": (
+        "alias assignments difference freshness hidden inference_tensors measure memory opaque parts poison regions "
+        "same step trace undo verify watch"
+    ),
     "data/test_dataset.py": "pictures shapes",
     "engine/test_backends.py": "backends/eager backends/inductor backends/onnx_export backends/ort backends/ov",
     "engine/test_executors.py": "executors/frame_parallel executors/inline executors/threads feed modes run",
