@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread each, here and in what tes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)  # answers are equal to the bit on as many threads: those of a worker
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun in the background: tests press Ctrl-C, here and in children
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; tests press Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
