@@ -9,7 +9,6 @@ what differs is refused. Parameters are shared with the model, not copied.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
 from sidestream.circuit.balance import balanced
+from sidestream.circuit.gate import GATE, ONE_CUT
 from sidestream.circuit.inference_tensors import usual_tensors
 from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, weigh
 from sidestream.circuit.memory import Snapshot, kept
@@ -35,9 +35,6 @@ from sidestream.models.info import info_of
 from sidestream.nn.combine import Chain
 from sidestream.report.measure import num_cores
 from sidestream.types import InputSpec
-
-_ONE_AT_A_TIME = threading.RLock()
-"""Tracing changes state of the process, so that cuts in several threads wait for each other."""
 
 
 def cut(
@@ -82,7 +79,7 @@ def cut(
     own_args, own_kwargs = pytree.tree_unflatten(
         own_copies(leaves), spec
     )  # arguments that are one tensor are told apart
-    with _ONE_AT_A_TIME, torch.inference_mode(False), usual_tensors(model) as replaced, kept(model) as before:
+    with ONE_CUT, torch.inference_mode(False), usual_tensors(model) as replaced, kept(model) as before:
         if isinstance(model, Chain):
             stages, links, in_spec, out_spec = slice_chain(
                 model, own_args, own_kwargs, names=names, num_stages=num_stages, costs=costs, num_workers=num_workers
@@ -127,6 +124,7 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     model = verifier.model
     verifier.look()
     traced = _traced(verifier, names)
+    _check_answer(traced, model)
     records = _untangled(traced, model, names)
     graph, weights = traced.module.graph, weigh(traced.module, traced.leaves, costs)
     forbidden = alias.forbidden_cuts(graph, records)
@@ -140,22 +138,28 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     return parts.verified(parts.stages(boundaries, weights if costs == "measured" else None), boundaries, verifier)
 
 
+def _check_answer(traced: Traced, model: nn.Module) -> None:
+    if traced.out_spec.num_leaves == 0:
+        raise CutError(f"{type(model).__name__} answers with nothing on the example; let it return a tensor at least")
+
+
 def _traced(verifier: Verifier, names: tuple[str, ...] | None) -> Traced:
     """The graph of the model, around modules that stay opaque where ``names`` are given and it cannot be had else."""
     model, args, kwargs = verifier.model, verifier.args, verifier.kwargs
     at_start = Snapshot(model)
     verifier.ready_to_trace()
-    try:
-        return trace_exported(model, args, kwargs)
-    except CutError:
-        if names is None:
-            raise
-        at_start.restore()
-        verifier.ready_to_trace()
-        return trace_around(model, args, kwargs, names)
-    finally:
-        at_start.forget_new_cache_entries()
-        at_start.restore()
+    with GATE.tracing():
+        try:
+            return trace_exported(model, args, kwargs)
+        except CutError:
+            if names is None:
+                raise
+            at_start.restore()
+            verifier.ready_to_trace()
+            return trace_around(model, args, kwargs, names)
+        finally:
+            at_start.forget_new_cache_entries()
+            at_start.restore()
 
 
 def _untangled(traced: Traced, model: nn.Module, names: tuple[str, ...] | None) -> dict[fx.Node, NodeRecord]:

@@ -9,6 +9,7 @@ new cut.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,22 +23,29 @@ _PLAIN = (int, float, bool, str, type(None), tuple)
 
 
 def guard_of(
-    model: nn.Module, step: GraphStep, paths: Collection[str], moving: Collection[str] = ()
+    model: nn.Module,
+    step: GraphStep,
+    paths: Collection[str],
+    moving: Collection[str] = (),
+    whole: Collection[nn.Module] = (),
 ) -> Callable[[], None]:
     """What a stage does at the start of a run (``Stage.guard``). ``paths``: dotted names of the modules that work in
-    it. ``moving``: attributes that forward itself assigns."""
-    sources = {id(t): (m, table, key, path) for path, m in model.named_modules() for table, key, t in _tensors_of(m)}
+    it. ``moving``: attributes that forward assigns itself. ``whole``: modules kept whole, whose mode counts."""
+    sources: dict[int, list[_Place]] = {}
+    for path, m in model.named_modules():
+        for table, key, t in _tensors_of(m):
+            sources.setdefault(id(t), []).append(_Place(path, m, table, key))
     followed: list[_Followed] = []
     modules = {path: m for path, m in model.named_modules(remove_duplicate=False) if path in paths}
     for slot in step.slots:
         found = sources.get(id(slot[0].get(slot[1])))
         if found is not None:
-            owner, table, key, path = found
-            followed.append(_Followed(slot, table, key, f"{path}.{key}" if path else key))
-            modules[path] = owner
+            followed.append(_Followed(slot, found))
+            modules.update((place.path, place.module) for place in found)
     hooks = {path: _num_hooks(m) for path, m in model.named_modules() if path in modules or not path}
     plain = [p for path, m in modules.items() for p in _plain_of(path, m) if p.name not in moving]
-    return _Guard(model, followed, modules, hooks, plain)
+    modes = [(m, m.training) for outer in whole for m in outer.modules()]
+    return _Guard(model, followed, modules, hooks, plain, modes)
 
 
 def _plain_of(path: str, module: nn.Module) -> list[_Attribute]:
@@ -75,26 +83,46 @@ def _tensors_of(module: nn.Module) -> list[tuple[str, str, Any]]:
     return [(t, key, value) for t, key, value in [*registered, *plain] if value is not None]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the model stands; tied ones stand in several."""
+
+    path: str
+    module: nn.Module
+    table: str
+    key: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}.{self.key}" if self.path else self.key
+
+    def now(self) -> Any:
+        return (vars(self.module) if self.table == "__dict__" else getattr(self.module, self.table)).get(self.key)
+
+
 class _Followed:
     """A tensor of the model that a stage uses."""
 
-    def __init__(self, slot: Slot, table: str, key: str, name: str) -> None:
-        self.slot, self.table, self.key, self.name = slot, table, key, name
+    def __init__(self, slot: Slot, places: list[_Place]) -> None:
+        self.slot, self.places = slot, places
         self.last = slot[0][slot[1]]
+        self.shape, self.dtype = self.last.shape, self.last.dtype
 
-    def follow(self, owner: nn.Module) -> None:
+    def follow(self) -> None:
         """Take over what stands in the model now, if that was replaced since the last look."""
-        now = (vars(owner) if self.table == "__dict__" else getattr(owner, self.table)).get(self.key)
-        if now is self.last:
-            return
+        name, now = self.places[0].name, self.places[0].now()
+        if any(place.now() is not now for place in self.places):
+            tied = " and ".join(repr(place.name) for place in self.places)
+            raise CircuitError(f"{tied} were one tensor at the cut and are several now; cut the model again")
         if not isinstance(now, torch.Tensor):
-            raise CircuitError(f"{self.name!r} is no tensor of the model any more, as it was at the cut; cut it again")
-        if (now.shape, now.dtype) != (self.last.shape, self.last.dtype):
+            raise CircuitError(f"{name!r} is no tensor of the model any more, as it was at the cut; cut it again")
+        if (now.shape, now.dtype) != (self.shape, self.dtype):
             raise CircuitError(
-                f"{self.name!r} was replaced after the cut: it was {tuple(self.last.shape)}, {self.last.dtype}, and is "
+                f"{name!r} was replaced after the cut: it was {tuple(self.shape)}, {self.dtype}, and is "
                 f"{tuple(now.shape)}, {now.dtype}; cut the model again"
             )
-        self.last = self.slot[0][self.slot[1]] = now
+        if now is not self.last:
+            self.last = self.slot[0][self.slot[1]] = now
 
 
 class _Guard:
@@ -105,24 +133,36 @@ class _Guard:
         modules: dict[str, nn.Module],
         hooks: dict[str, int],
         plain: list[_Attribute],
+        modes: list[tuple[nn.Module, bool]],
     ) -> None:
         self._model, self._followed, self._modules, self._hooks = model, followed, modules, hooks
-        self._plain = plain
+        self._plain, self._modes = plain, modes
+        self._forms = {path: _form(module) for path, module in modules.items()}
 
     def __call__(self) -> None:
         for path, module in self._modules.items():
             now = _at(self._model, path)
             if now is not module:
                 raise CircuitError(f"module {path!r} of the model was replaced after the cut; cut the model again")
+            if _form(module) != self._forms[path]:
+                raise CircuitError(
+                    f"module {path!r} of the model has another class, forward or children than at the cut; cut it again"
+                )
             if path in self._hooks and _num_hooks(module) != self._hooks[path]:
                 raise CircuitError(
                     f"hooks of module {path!r} were added or removed after the cut, and stages do not call them; "
                     "cut the model again"
                 )
+        for module, mode in self._modes:
+            if module.training != mode:
+                raise CircuitError(
+                    f"a {type(module).__name__} that is kept whole was cut in {'train' if mode else 'eval'} mode and "
+                    "is in the other one now; put it back, or cut the model again"
+                )
         for attribute in self._plain:
             attribute.check()
         for followed in self._followed:
-            followed.follow(self._modules[followed.name.rpartition(".")[0]])
+            followed.follow()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Guard:
         return self
@@ -137,5 +177,11 @@ def _at(model: nn.Module, path: str) -> Any:
     return module
 
 
+def _form(module: nn.Module) -> tuple[Any, ...]:
+    return type(module), vars(module).get("forward"), tuple(module._modules)
+
+
 def _num_hooks(module: nn.Module) -> int:
-    return len(module._forward_hooks) + len(module._forward_pre_hooks)
+    shared = nn.modules.module
+    own = len(module._forward_hooks) + len(module._forward_pre_hooks)
+    return own + len(shared._global_forward_hooks) + len(shared._global_forward_pre_hooks)

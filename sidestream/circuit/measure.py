@@ -60,19 +60,20 @@ def record(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[fx.Node, NodeR
 
 
 def hidden_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Buffers that a module which is kept whole may write to: those of the user's own classes, and batch norms' in
-    train mode. Those of torch's other modules are read only."""
+    """Buffers that a module which is kept whole may write to: all but the statistics of batch norms in eval mode."""
     return [
         (m, name)
         for m in module.modules()
-        if not type(m).__module__.startswith("torch.nn.") or _counts_frames(m)
         for name, buffer in m._buffers.items()
-        if buffer is not None
+        if buffer is not None and not (_is_idle_norm(m) and name in _STATISTICS)
     ]
 
 
-def _counts_frames(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase) and module.training
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def _is_idle_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
 
 
 def measure_costs(
@@ -166,6 +167,9 @@ def own_copies(leaves: Sequence[Any]) -> list[Any]:
 def own_copy(tensor: torch.Tensor) -> torch.Tensor:
     """The same values in memory of its own, laid out by the same strides; never an inference tensor."""
     with torch.inference_mode(False), torch.no_grad():
+        if tensor.is_nested or tensor.device.type == "meta":
+            kind = "nested tensor" if tensor.is_nested else "tensor without values (device meta)"
+            raise CutError(f"the example holds a {kind}, which stages cannot take; give padded tensors with values")
         if tensor.layout is not torch.strided or tensor.is_quantized:
             return tensor.detach().clone()
         tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
@@ -210,6 +214,8 @@ class _Recorder(RegionInterpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n.name
+        if n.target in _SETS_MEMORY:
+            raise NotImplementedError("Tensor.set_ gives a tensor other memory, which stages cannot follow")
         args, kwargs = self.fetch_args_kwargs_from_env(n) if n.op in CALLS else ((), {})
         inputs = _tensors((args, kwargs))
         versions = [_version(t) for t in inputs]
@@ -234,6 +240,7 @@ def _states_of(module: nn.Module) -> list[torch.Tensor]:
     return [owner._buffers[name] for owner, name in hidden_buffers(module)]  # type: ignore[misc]
 
 
+_SETS_MEMORY = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}
 _NORMS = {
     torch.ops.aten.batch_norm.default: (3, 4, 5),
     torch.ops.aten.instance_norm.default: (3, 4, 5),

@@ -3,7 +3,7 @@
 ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` take a fused path when no gradient is asked for, and
 the ordinary one while they are traced; the two differ in the last bits. Kept as one node, they decide at run time,
 as in the model itself, and still open up when a stage is exported or compiled. So do subclasses of theirs, whatever
-they answer, and a ``nn.TransformerEncoder`` that is given a padding mask (it then works on nested tensors).
+they answer, and an encoder or decoder of torch's that is given a mask (it looks at the values, or nests tensors).
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from sidestream.errors import CutError
 
-KEPT_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
+KEPT_WHOLE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder, nn.TransformerDecoder)
+_STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 
 @dataclass
@@ -55,7 +56,10 @@ def _(tensors: list[Tensor], key: str) -> list[Tensor]:
     call = _CALLS[key]
     leaves = [tensors[leaf.number] if isinstance(leaf, _Place) else leaf for leaf in call.leaves]
     args, kwargs = pytree.tree_unflatten(leaves, call.in_spec)
-    answer = call.forward(*args, **kwargs)
+    if isinstance(call.module, _STACKS):  # it looks at its mask, of which there are no values here
+        answer = torch.empty_like(args[0] if args else kwargs["tgt" if "tgt" in kwargs else "src"])
+    else:
+        answer = call.forward(*args, **kwargs)
     found, call.out_spec = pytree.tree_flatten_with_path(answer)
     call.out_places = [_steps(path) for path, value in found if isinstance(value, Tensor)]
     call.out_leaves = [_TENSOR if isinstance(value, Tensor) else value for _, value in found]
@@ -72,7 +76,7 @@ def keeping_whole(model: nn.Module) -> Iterator[dict[str, Call]]:
     """While inside, calls of such modules (in eval mode) are traced as one node each; the calls are noted by key."""
     calls: dict[str, Call] = {}
     found = {path: m for path, m in model.named_modules() if path and isinstance(m, KEPT_WHOLE) and not m.training}
-    encoders = [p for p, m in found.items() if isinstance(m, nn.TransformerEncoder)]  # whole only with a padding mask
+    encoders = [p for p, m in found.items() if isinstance(m, _STACKS)]  # whole only with a mask
     others = [p for p in found if p not in encoders]
     found = {p: m for p, m in found.items() if not any(p.startswith(f"{outer}.") for outer in others)}
     found = {p: m for p, m in found.items() if "forward" not in vars(m)}  # the user's own patch stays
@@ -136,7 +140,7 @@ def _noted(path: str, module: nn.Module, calls: dict[str, Call]) -> Any:
     forward = type(module).forward.__get__(module)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        if isinstance(module, nn.TransformerEncoder) and _padding_mask(args, kwargs) is None:
+        if isinstance(module, _STACKS) and not _has_mask(module, args, kwargs):
             return forward(*args, **kwargs)
         leaves, in_spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -151,6 +155,8 @@ def _noted(path: str, module: nn.Module, calls: dict[str, Call]) -> Any:
     return noted
 
 
-def _padding_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``src_key_padding_mask`` of a call of ``nn.TransformerEncoder``: its third argument."""
-    return args[2] if len(args) > 2 else kwargs.get("src_key_padding_mask")
+def _has_mask(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call gives a mask: torch looks at its values, or works on nested tensors then."""
+    num_sequences = 1 if isinstance(module, nn.TransformerEncoder) else 2
+    masks = [*args[num_sequences:], *(value for name, value in kwargs.items() if name.endswith("mask"))]
+    return any(isinstance(mask, Tensor) for mask in masks)

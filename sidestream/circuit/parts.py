@@ -15,12 +15,13 @@ from sidestream.circuit import alias
 from sidestream.circuit.difference import first_difference
 from sidestream.circuit.freshness import guard_of
 from sidestream.circuit.hidden import Watched
-from sidestream.circuit.measure import NodeRecord, hidden_buffers, num_bytes, own_copies
+from sidestream.circuit.measure import NodeRecord, hidden_buffers, num_bytes, own_copies, storage_of
 from sidestream.circuit.split import Piece, module_path, module_paths, piece_module, piece_name, split
 from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values, flatten_inputs
 from sidestream.circuit.step import Check, graph_step
 from sidestream.circuit.trace import Traced
 from sidestream.circuit.verify import Verifier
+from sidestream.errors import CutError
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,16 @@ class Parts:
             cost_seconds=cost_seconds,
             hides_state=step.has_buffers,
             init_buffers=step.init_buffers if step.has_buffers else None,
+            calls_modules=any(node.op == "call_module" for node in piece.nodes),
             draws=any(self.records[node].draws for node in piece.nodes),
             module=module,
-            guard=guard_of(self.model, step, {"", *(p for n in piece.nodes for p in module_paths(n))}, self.moving),
+            guard=guard_of(
+                self.model,
+                step,
+                {"", *(path for node in piece.nodes for path in module_paths(node))},
+                self.moving,
+                [self.traced.module.get_submodule(str(n.target)) for n in piece.nodes if n.op == "call_module"],
+            ),
         )
 
     @cached_property
@@ -98,6 +106,7 @@ class Parts:
             number = numbers[node]
             return f"stage {number} ({result[number - 1].name}), module {module_path(node)!r} (node {node.name}{line})"
 
+        self._check_buffers(result, verifier)
         verifier.compare(lambda probes: _run_in_a_row(result, probes, self.model.training), where)
         verifier.before.restore()
         inputs, outputs = _tried(result, self.traced.leaves)
@@ -106,6 +115,17 @@ class Parts:
             for stage, given, made in zip(result, inputs, outputs)
         ]
         return result.with_stages(tuple(stages))
+
+    def _check_buffers(self, stages: Stages, verifier: Verifier) -> None:
+        """CutError for a buffer that the model writes and no stage has as its state."""
+        shown = {memory for stage in stages for memory in stage.step.memories()}  # type: ignore[attr-defined]
+        buffers = dict(self.model.named_buffers(remove_duplicate=False))
+        for name in verifier.written_buffers:
+            if name in buffers and storage_of(buffers[name]) not in shown:
+                raise CutError(
+                    f"{type(self.model).__name__} writes to the buffer {name!r} from a module that does not own it, or "
+                    "in a way that the graph does not show; write to it in the module that owns it"
+                )
 
 
 _NO_GRADIENTS = (

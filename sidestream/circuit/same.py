@@ -35,6 +35,9 @@ def same_leaf(a: Any, b: Any) -> bool:
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
     """The same shape, type, device, layout and values; NaN is the same as NaN."""
+    if a.is_nested or b.is_nested:
+        parts = [list(t.unbind()) if t.is_nested else [] for t in (a, b)]
+        return len(parts[0]) == len(parts[1]) and all(map(same_tensor, *parts))
     if (a.shape, a.dtype, a.device, a.layout) != (b.shape, b.dtype, b.device, b.layout):
         return False
     if a.device.type == "meta":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.gate import ONE_CUT
 from sidestream.circuit.same import same_leaf
 from sidestream.errors import CircuitError, LayoutError
 from sidestream.types import NOTHING as NOTHING  # a legal output of any stage
@@ -57,6 +58,8 @@ class Stage:
     init_buffers: Callable[[], State] | None = field(default=None, repr=False)
     """Where it hides a state: makes the state of a new stream, copies of these buffers as they are now. Given None
     instead, ``step`` works on the module's own buffers (in training); trying out a stage without it changes them."""
+    calls_modules: bool = True
+    """``step`` calls modules of the model, which must not be traced meanwhile; a graph of operators calls none."""
     draws: bool = False
     """``step`` draws random numbers, whose order is part of the answer."""
     module: Any = field(default=None, repr=False)
@@ -76,6 +79,10 @@ class Stage:
 
     def begin(self, *, trains: bool = False) -> State:
         """The state of a new stream, once its ``guard`` agrees. ``trains``: buffers are the model's own."""
+        with ONE_CUT:  # a model that is being cut is not itself
+            return self._begun(trains)
+
+    def _begun(self, trains: bool) -> State:
         if self.guard is not None:
             self.guard()
         if self.init_buffers is not None and not trains:
@@ -176,10 +183,14 @@ def flatten_inputs(
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     if spec != in_spec:
         raise LayoutError(
-            f"the model was cut for inputs of the structure {in_spec}, but was given {spec}; "
+            f"the model was cut for inputs of the structure {_in_line(in_spec)}, but was given {_in_line(spec)}; "
             "call it with the same arguments, in the same order, as the example"
         )
     return like_example(leaves, example, copies=copies)
+
+
+def _in_line(spec: pytree.TreeSpec) -> str:
+    return " ".join(str(spec).split())
 
 
 def like_example(leaves: Sequence[Any], example: Any = None, *, copies: bool = False) -> list[Any]:

@@ -60,6 +60,12 @@ class GraphStep:
         own = _copies([owner[key] for owner, key in map(self.slots.__getitem__, self.written)])
         return own, self.held.copies() if self.held else ()
 
+    def memories(self) -> set[Any]:
+        """The memory of the buffers that are its state."""
+        own = [owner[key] for owner, key in map(self.slots.__getitem__, self.written)]
+        held = [m._buffers[name] for m, name in self.held.buffers] if self.held else []
+        return {storage_of(buffer) for buffer in (*own, *held)}
+
     @property
     def has_buffers(self) -> bool:
         """Whether it has a state."""

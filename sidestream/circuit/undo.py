@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections import deque
-from collections.abc import Callable
+import types
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,14 +36,19 @@ def shared_generators() -> Undo:
 
 def dict_of(table: dict[Any, Any]) -> Undo:
     """A dict: the same objects under the same keys."""
-    kept = dict(dict.items(table))  # as they lie there, whatever a subclass makes of them
+    kept = {key: dict.__getitem__(table, key) for key in keys_of(table)}
 
     def undo() -> None:
-        if dict.__len__(table) != len(kept) or any(dict.get(table, k, kept) is not v for k, v in kept.items()):
+        if keys_of(table) != list(kept) or any(dict.get(table, k, kept) is not v for k, v in kept.items()):
             table.clear()
             table.update(kept)
 
     return undo
+
+
+def keys_of(table: dict[Any, Any]) -> list[Any]:
+    """The keys of a dict in its order, as they lie there, whatever a subclass makes of them."""
+    return list(OrderedDict.keys(table) if isinstance(table, OrderedDict) else dict.keys(table))
 
 
 def list_of(items: list[Any] | deque[Any]) -> Undo:
@@ -67,6 +75,25 @@ def set_of(items: set[Any]) -> Undo:
     return undo
 
 
+def bytes_of(values: Any) -> Undo:
+    """A bytearray or an array of the array module."""
+    kept = values[:]
+
+    def undo() -> None:
+        if values != kept:
+            values[:] = kept
+
+    return undo
+
+
+def gradient(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
+    """The gradient that a parameter has, and whether it takes one."""
+    if parameter.grad is not grad:
+        parameter.grad = grad
+    if parameter.requires_grad != requires_grad:
+        parameter.requires_grad_(requires_grad)
+
+
 def array(values: np.ndarray) -> Undo:
     """A numpy array."""
     kept = values.copy()
@@ -91,6 +118,30 @@ def generator(source: Any) -> tuple[Any, Undo]:
         return repr(whole), lambda: source.setstate(whole)
     legacy = source.get_state()
     return repr(legacy), lambda: source.set_state(legacy)
+
+
+def iterator(source: Iterator[Any]) -> tuple[Any, Iterator[Any] | None]:
+    """How far an iterator has come, as something to compare, and a copy of it; None where it cannot be copied."""
+    if isinstance(source, types.GeneratorType):
+        frame = source.gi_frame
+        return (None if frame is None else (frame.f_lasti, repr(frame.f_locals)[:500])), None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # copies of these go away in Python 3.14
+        try:
+            return repr(source.__reduce__()), copy.deepcopy(source)
+        except Exception:
+            return repr(source), None
+
+
+def entry(table: Any, key: Any, value: Any) -> Undo:
+    """An entry of a dict or list, back to a copy of ``value``."""
+
+    def undo() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            table[key] = copy.deepcopy(value)
+
+    return undo
 
 
 def tensor(value: Tensor, kept: Tensor) -> Undo:

@@ -58,6 +58,8 @@ class Verifier:
     """After a call, where a call fills in attributes once and for all."""
     filled_in: tuple[str, ...] = ()
     """Attributes that a first call fills in."""
+    written_buffers: set[str] = field(default_factory=set)
+    """Names of the buffers that a call changes."""
     steers_gradients: bool = False
     """It turns gradients on or off inside, which a graph that is traced without gradients does not show."""
     probes: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
@@ -77,7 +79,13 @@ class Verifier:
             return
         started = time.perf_counter()
         switches = GradientSwitches()
-        with watching_parameters(self.model):
+        try:
+            with watching_parameters(self.model):
+                self._call((self.args, self.kwargs), watch=switches)
+        except CutError as error:
+            if not isinstance(error.__cause__, NotImplementedError):
+                raise
+            self._restart()  # an operator of higher order, which cannot be watched
             self._call((self.args, self.kwargs), watch=switches)
         self.steers_gradients = switches.was_used and not self.model.training
         seconds = time.perf_counter() - started
@@ -102,6 +110,7 @@ class Verifier:
             self.probes.append(probe)
             self.expected.append(pytree.tree_map(copied, answer))
             snapshots.append(Snapshot(self.model))
+            self.written_buffers.update((snapshots[-2] if number else self.before).changed_buffers(snapshots[-1]))
             if len(snapshots) > 1:
                 self._check_attributes(self._news(*snapshots[-2:]), snapshots[-1])
         if num_probes == 1 and self.warm is not None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from sidestream.circuit.gate import GATE
 from sidestream.circuit.stage import NOTHING, State, Values
 from sidestream.circuit.wire import Circuit
 from sidestream.engine.tick import SILENCE, Cell, LineBack, Message
@@ -58,7 +59,10 @@ def _is_warm_up(message: Message, is_feedback: bool) -> bool:
 def run_stage(cell: Cell, inputs: Values, *, frame_index: int | None) -> tuple[Values, State]:
     """One step of the stage; whatever goes wrong names the stage and the frame."""
     with naming(cell, frame_index=frame_index), torch.inference_mode():
-        return cell.stage.step(inputs, cell.state)
+        if not cell.stage.calls_modules:
+            return cell.stage.step(inputs, cell.state)
+        with GATE.calling():
+            return cell.stage.step(inputs, cell.state)
 
 
 @contextmanager

@@ -1,0 +1,63 @@
+"""Which names the model's own code uses, and which of the things behind them may be places for its state."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from typing import Any
+
+LIBRARIES = frozenset({"torch", "numpy", "torchvision", "timm", "transformers", "einops", "sidestream", "builtins"})
+
+
+def is_of_torch(thing: Any) -> bool:
+    module = getattr(thing, "__module__", None) or ""
+    return module == "torch" or module.startswith(("torch.", "einops.", "numpy.", "builtins"))
+
+
+def slots_of(cls: type) -> tuple[str, ...]:
+    slots = vars(cls).get("__slots__", ())
+    names = (slots,) if isinstance(slots, str) else tuple(s for s in slots if s not in ("__dict__", "__weakref__"))
+    private = f"_{cls.__name__.lstrip('_')}"
+    return tuple(f"{private}{n}" if n.startswith("__") and not n.endswith("__") else n for n in names)
+
+
+def key_text(key: Any) -> str:
+    return (
+        repr(key)[:80]
+        if isinstance(key, str | int | float | bool | tuple | None)
+        else f"{type(key).__name__} {id(key)}"
+    )
+
+
+def is_near(module: str | None, table: dict[str, Any]) -> bool:
+    """Whether a class is of the same package as the code that uses it, and so perhaps a place for its state."""
+    own = str(table.get("__name__", "?")).partition(".")[0]
+    return (module or "").partition(".")[0] == own and own not in LIBRARIES
+
+
+class SameThing:
+    """Stands for one thing: the same only as itself."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SameThing) and other.thing is self.thing
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@functools.lru_cache(maxsize=4096)
+def globals_in(code: types.CodeType) -> tuple[str, ...]:
+    """Names that a function or one inside of it looks up, or sets, outside of itself."""
+    own = [i.argval for i in dis.get_instructions(code) if i.opname.endswith(("_GLOBAL", "_NAME"))]
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in globals_in(const))
+    return tuple(dict.fromkeys([*own, *inner]))
+
+
+@functools.lru_cache(maxsize=4096)
+def names_in(code: types.CodeType) -> tuple[str, ...]:
+    """All names, of attributes too, in a function or one inside of it."""
+    inner = (name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const))
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
