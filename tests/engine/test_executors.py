@@ -443,3 +443,9 @@ def test_bounded_memory_over_many_frames() -> None:
             assert len(machine._fed) < 10
     assert running.stats.num_answered == 20_000
     assert len(running.stats.latencies_seconds) <= 10_000
+
+
+def test_a_circuit_in_which_one_stage_is_slower_than_the_others_is_no_rival() -> None:
+    circuit = with_periods(pipelined(chain([lambda inputs, state: (inputs, state)] * 3)), (1, 1, 2))
+    with pytest.raises(CircuitError, match="some of its stages do not compute on every frame"):
+        run(circuit, numbers(3), executor="frame-parallel")
