@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 from typing import Any
 
@@ -13,6 +14,12 @@ LIBRARIES = frozenset({"torch", "numpy", "torchvision", "timm", "transformers", 
 def is_of_torch(thing: Any) -> bool:
     module = getattr(thing, "__module__", None) or ""
     return module == "torch" or module.startswith(("torch.", "einops.", "numpy.", "builtins"))
+
+
+def holds_state(kind: type) -> bool:
+    """Whether objects of this class are looked into: not those of the standard library (files, locks, loggers ...)."""
+    root = kind.__module__.partition(".")[0]
+    return root not in sys.stdlib_module_names or kind.__name__ in ("SimpleNamespace", "Namespace")
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
@@ -33,7 +40,14 @@ def key_text(key: Any) -> str:
 def is_near(module: str | None, table: dict[str, Any]) -> bool:
     """Whether a class is of the same package as the code that uses it, and so perhaps a place for its state."""
     own = str(table.get("__name__", "?")).partition(".")[0]
-    return (module or "").partition(".")[0] == own and own not in LIBRARIES
+    return (module or "").partition(".")[0] == own and not is_library(own)
+
+
+@functools.lru_cache(maxsize=4096)
+def is_library(root: str) -> bool:
+    """Whether a package is part of Python or was installed, rather than the user's own code."""
+    file = getattr(sys.modules.get(root), "__file__", None) or ""
+    return root in LIBRARIES or root in sys.stdlib_module_names or "site-packages" in file or "dist-packages" in file
 
 
 class SameThing:

@@ -133,6 +133,17 @@ def iterator(source: Iterator[Any]) -> tuple[Any, Iterator[Any] | None]:
             return repr(source), None
 
 
+def slot(owner: Any, name: str) -> Undo:
+    """An attribute that lies in a slot."""
+    kept = getattr(owner, name)
+
+    def undo() -> None:
+        if getattr(owner, name, None) is not kept:
+            object.__setattr__(owner, name, kept)
+
+    return undo
+
+
 def entry(table: Any, key: Any, value: Any) -> Undo:
     """An entry of a dict or list, back to a copy of ``value``."""
 

@@ -6,7 +6,6 @@ import array
 import enum
 import functools
 import random
-import sys
 import types
 import weakref
 from collections import deque
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 
 from sidestream.circuit import undo
 from sidestream.circuit.code_names import (
-    LIBRARIES,
     SameThing,
     globals_in,
+    holds_state,
+    is_library,
     is_near,
     is_of_torch,
     key_text,
@@ -129,7 +129,7 @@ class Walk:
         elif isinstance(value, bytearray | array.array):
             self.others[path] = bytes(value)
             self.undo.append(undo.bytes_of(value))
-        elif isinstance(value, Iterator):
+        elif isinstance(value, Iterator) and type(value).__module__ in ("itertools", "builtins"):  # no file
             self.others[path], copy_of = undo.iterator(value)
             if copy_of is not None and path in self.places:
                 table, key = self.places[path]
@@ -163,7 +163,7 @@ class Walk:
 
     def _object(self, path: str, value: Any, depth: int) -> None:
         """An object of the user's: its attributes."""
-        if is_of_torch(type(value)):
+        if is_of_torch(type(value)) or not holds_state(type(value)):
             return
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
@@ -174,7 +174,7 @@ class Walk:
                 self._visit(f"{path}.{name}", item, depth + 1)
         for name in (n for cls in type(value).__mro__ for n in slots_of(cls)):
             if hasattr(value, name):
-                self.undo.append(functools.partial(object.__setattr__, value, name, getattr(value, name)))
+                self.undo.append(undo.slot(value, name))
                 self._visit(f"{path}.{name}", getattr(value, name), depth + 1)
         self._class(type(value))
 
@@ -234,8 +234,7 @@ class Walk:
 
     def _imported(self, module: types.ModuleType, names: Sequence[str]) -> None:
         """What the user's own code uses of a module that it imports."""
-        root = module.__name__.partition(".")[0]
-        if root in sys.stdlib_module_names or root in LIBRARIES:
+        if is_library(module.__name__.partition(".")[0]):
             return
         table = vars(module)
         for name in names:
