@@ -60,7 +60,7 @@ def cut(
     ``input_spec``: what ``run`` prepares frames with; default: the model's own, where it was made by name.
     ``costs``: "measured" (seconds on one thread), "parameters", "flops", "uniform", or one number per node.
     ``check``: how the stages are compared with the model: "full" (three frames in a row that are not the example's,
-    four or seven runs of the model and three of the stages), "once" (one frame), "off".
+    four runs of the model, up to eight where it changes attributes, three of the stages), "once" (one frame), "off".
 
     The model is taken in the mode it is in (call ``eval()`` first to stream it). A ``Chain`` of streaming layers is
     cut between its layers, and ``example`` is one frame. Raises CutError for what cannot be cut as asked; stages
