@@ -29,7 +29,7 @@ from mutation.mutate import Mutation, choose
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = ("engine", "circuit", "nn", "train", "data")
 COPIED = ("sidestream", "tests", "benchmarks", "recipes", "examples", "docs", "pyproject.toml", "README.md", "Makefile")
-LIMIT_SECONDS = 240
+LIMIT_SECONDS = 600
 """For all tests of one file; those that are over first are those named after it, then those that import it."""
 OF_A_TEST_SECONDS = 60
 FIRST_OF = {

@@ -349,6 +349,23 @@ def test_scores_of_keypoints() -> None:
     assert values["mean_pose_error_px"] == pytest.approx(5)
 
 
+def test_the_panels_of_keypoints_show_the_middle_frame_as_it_was_before_it_was_normalised() -> None:
+    """What bilinear resizing brought above 1 or below 0 is black or white in a picture, not wrapped around."""
+    spec = InputSpec((64, 64), mean=(0.5, 0.4, 0.3), std=(0.25, 0.2, 0.5), layout="BTCHW", num_frames=3)
+    truth = torch.tensor([[[10.0, 10, 1], [30, 50, 0], [20, 30, 1]]] * 3).unsqueeze(0)
+    maps = gaussian_maps(truth[..., :2].double() + 1, (32, 32), 2.0, sigma_cells=1.0).log().float()
+    pixels = torch.rand(1, 3, 3, 64, 64, generator=torch.Generator().manual_seed(3)) * 1.5 - 0.25
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
+    (panel,) = KeypointTask(spec=spec).panels(Answers(maps), batch_of((pixels - mean) / std, truth), "cpu")[
+        "visible points"
+    ]
+    for shown, pixel in zip(panel.pixels_CHW.flatten().tolist(), pixels[0, 1].flatten().tolist(), strict=True):
+        assert shown == pytest.approx(min(max(pixel, 0.0), 1.0), abs=1e-5)
+    assert [name for name, _ in panel.points] == ["true", "answer"]
+    assert panel.points[0][1].tolist() == [[10, 10], [20, 30]]
+    assert panel.points[1][1].flatten().tolist() == pytest.approx([11, 11, 21, 31], abs=0.1)
+
+
 def tiny(task: str, part: str = "train", num_clips: int = 6) -> Any:
     return synthetic_dataset(
         part=part, spec=PLAIN, num_clips=num_clips, options=ClipOptions(), with_points=task == "keypoints"
