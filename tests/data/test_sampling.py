@@ -13,7 +13,8 @@ from sidestream.data.sampling import clip_indices, nearest, possible_starts, ran
 def test_even_frames_are_the_same_by_count_and_by_time(
     num_frames: int, length: int, step: int, data: st.DataObject
 ) -> None:
-    pts = [n * 0.04 for n in range(num_frames)]
+    begins = data.draw(st.sampled_from([0.0, 3.21, -0.5]))  # files need not begin at 0
+    pts = [begins + n * 0.04 for n in range(num_frames)]
     for rate in (None, 25.0):
         starts = possible_starts(pts, length, step, rate)
         assert starts == max(1, num_frames - (length - 1) * step) or (rate and step > 1)

@@ -131,6 +131,11 @@ def test_a_given_number_of_stages_is_kept() -> None:
         assert_equal(outputs[0].value, model(frame))
 
 
+def test_nothing_is_measured_twice_where_one_stage_is_enough() -> None:
+    tuned = tune(small_model(), torch.rand(1, 3, 32, 32), backends=("eager",), seconds=0.1, num_threads=1)
+    assert [(trial.setting, trial.executor) for trial in tuned.trials] == [("eager in 1 stage", "sequential")]
+
+
 def test_a_named_back_end_that_is_not_there_is_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     from sidestream.engine.backends import BACKENDS
 

@@ -3,7 +3,7 @@
     python tests/mutation/try_out.py --seed 1 --count 60            # 60 other places; --in nn data: these folders only
     python tests/mutation/try_out.py --named 'nn/shift.py, OnlineShift'
 
-A change is seen when a test fails that passes without it.
+A change is seen when a test fails that passes without it, or never ends.
 """
 
 from __future__ import annotations
@@ -112,8 +112,13 @@ class Copy:
         file.write_text(mutation.apply(), encoding="utf-8")
         try:
             code, output = self._test(*tests)
+            running = re.findall(r"^(\S+\.py::.+?)(?: PASSED| SKIPPED| XFAIL)?(?: +\[.*)?$", output, re.MULTILINE)[-1:]
+            if code is None and running and self._test(*running)[0] is not None:
+                running = []  # it was not that test that took so long
         finally:
             file.write_text(original, encoding="utf-8")
+        if code is None and running and self._test(*running)[0] == 0:
+            return f"{running[0]} (never ends)"
         if code in (0, None):
             return None
         failed = re.findall(r"^(?:FAILED|ERROR) (\S+\.py(?:::.+?)?)(?: - .*)?$", output, re.MULTILINE)[:1] or tests[:1]
@@ -125,11 +130,12 @@ class Copy:
         return self.seen_by(mutation)  # that test says nothing here; the others
 
     def _test(self, *names: str) -> tuple[int | None, str]:
-        options = ("-x", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "-rfE", f"--timeout={OF_A_TEST_SECONDS}")
+        options = ("-x", "-v", "-n", "0", "-p", "no:cacheprovider", "--tb=no", "-rfE", f"--timeout={OF_A_TEST_SECONDS}")
+        limit = 2 * OF_A_TEST_SECONDS if all("::" in name for name in names) else LIMIT_SECONDS
         useless = [f"--deselect={name}" for name, passes in self._passes.items() if not passes]
-        return self._python("-m", "pytest", *options, *names, *useless)
+        return self._python("-m", "pytest", *options, *names, *useless, limit=limit)
 
-    def _python(self, *words: str) -> tuple[int | None, str]:
+    def _python(self, *words: str, limit: float = LIMIT_SECONDS) -> tuple[int | None, str]:
         """(exit code, or None where time was up; what was printed)."""
         data = os.environ.get("SIDESTREAM_DATA", str(ROOT.parent / "shared" / "data"))
         own = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
@@ -143,10 +149,11 @@ class Copy:
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=LIMIT_SECONDS)
+            output, _ = process.communicate(timeout=limit)
             return process.returncode, output
-        except subprocess.TimeoutExpired:
-            return None, ""
+        except subprocess.TimeoutExpired as error:
+            printed = error.stdout or b""
+            return None, printed.decode() if isinstance(printed, bytes) else printed
         finally:
             if process.returncode is None:
                 os.killpg(process.pid, signal.SIGKILL)
