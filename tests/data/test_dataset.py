@@ -144,6 +144,8 @@ def test_the_cache_keeps_its_bound() -> None:
         ({"part": "dev"}, InputError, "expected 'train' or 'test'"),
         ({"short": "stretch"}, InputError, "expected 'repeat' or 'loop'"),
         ({"num_clips": 0}, InputError, "num_clips=0"),
+        ({"frame_rate": 0.0}, InputError, r"frame_rate=0\.0"),
+        ({"frame_rate": -25.0}, InputError, r"frame_rate=-25\.0"),
         ({"spec": SPEC.replace(num_frames=0)}, LayoutError, "clips of 0 frames"),
         ({"spec": SPEC.replace(frame_step=0)}, LayoutError, "step 0"),
         ({"spec": SPEC.replace(size_px=(0, 16))}, LayoutError, r"size \(0, 16\)"),

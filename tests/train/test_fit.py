@@ -140,6 +140,11 @@ def test_only_an_evaluated_epoch_ends_a_run_early(tmp_path: Path) -> None:
     assert [r.get("test_accuracy") is not None for r in result.history] == [False, True] * 3
 
 
+def test_every_third_epoch_is_evaluated_and_the_last(tmp_path: Path) -> None:
+    result = tiny_fit(tmp_path / "run", epochs=5, evaluate_every=3)
+    assert [r.get("test_accuracy") is not None for r in result.history] == [False, False, True, False, True]
+
+
 class Frozen(Tiny):
     """Answers class 0, whatever it is given."""
 

@@ -315,6 +315,12 @@ def test_the_loss_of_heat_maps_cell_by_cell(height: int, width: int) -> None:
     assert float(found) == pytest.approx(sum(losses) / len(losses))
 
 
+@pytest.mark.parametrize("answer", [torch.zeros(2, 3, 4), torch.zeros(2), [torch.zeros(2, 3)], None])
+def test_answers_that_are_no_logits_are_refused(answer: Any) -> None:
+    with pytest.raises(InputError, match="not class logits"):
+        make_task(TrainConfig(), SPEC).frame_loss(answer, torch.tensor([0, 1]))
+
+
 def test_heat_maps_whose_cells_are_not_square_are_refused() -> None:
     maps, points_BP3 = torch.zeros(1, 2, 4, 6), torch.ones(1, 2, 3)
     with pytest.raises(InputError, match="heat maps of 4 x 6 cells do not lie on frames of 24 x 16 px"):
