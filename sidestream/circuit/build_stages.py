@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.calls import perturbed
 from sidestream.circuit.hidden import Watched
 from sidestream.circuit.measure import num_bytes
 from sidestream.circuit.memory import Snapshot, is_of_hook, kept
 from sidestream.circuit.stage import Link, Stage, Stages, State, Values
-from sidestream.circuit.verify import perturbed
 from sidestream.errors import CutError
 from sidestream.nn.steppable import Steppable
 

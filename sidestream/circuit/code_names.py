@@ -16,10 +16,21 @@ def is_of_torch(thing: Any) -> bool:
     return module == "torch" or module.startswith(("torch.", "einops.", "numpy.", "builtins"))
 
 
+_CONTAINERS = frozenset(
+    {"SimpleNamespace", "Namespace", "UserDict", "UserList", "UserString", "ChainMap", "Queue", "LifoQueue"}
+    | {"PriorityQueue", "local", "_local", "WeakKeyDictionary", "WeakValueDictionary", "WeakSet"}
+)
+
+
 def holds_state(kind: type) -> bool:
-    """Whether objects of this class are looked into: not those of the standard library (files, locks, loggers ...)."""
-    root = kind.__module__.partition(".")[0]
-    return root not in sys.stdlib_module_names or kind.__name__ in ("SimpleNamespace", "Namespace")
+    """Whether objects of this class are looked into: not those of the standard library (files, locks, loggers ...) but
+    for its containers."""
+    return kind.__module__.partition(".")[0] not in sys.stdlib_module_names or is_of_containers(kind)
+
+
+def is_of_containers(kind: type) -> bool:
+    """Whether it is a container of the standard library that is made of Python objects."""
+    return kind.__module__.partition(".")[0] in sys.stdlib_module_names and kind.__name__ in _CONTAINERS
 
 
 def slots_of(cls: type) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
 from sidestream.circuit.balance import balanced
+from sidestream.circuit.calls import Stream, check_of
 from sidestream.circuit.gate import GATE, ONE_CUT
 from sidestream.circuit.inference_tensors import usual_tensors
 from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, weigh
@@ -29,7 +30,7 @@ from sidestream.circuit.parts import Parts, verified_stream
 from sidestream.circuit.slice import slice_chain
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.trace import Traced, plain_model, trace_around, trace_exported
-from sidestream.circuit.verify import Stream, Verifier, check_of
+from sidestream.circuit.verify import Verifier
 from sidestream.errors import CutError
 from sidestream.models.info import info_of
 from sidestream.nn.combine import Chain
@@ -134,7 +135,9 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     else:
         boundaries = named_boundaries(graph, model, names)
         check_allowed(names, boundaries, forbidden)
-    parts = Parts(traced, model, records, verifier.steers_gradients, verifier.moving)
+    before, is_kept = verifier.before, verifier.keeps_weights
+    steers, moving = verifier.steers_gradients, verifier.moving
+    parts = Parts(traced, model, records, steers, moving, is_kept, before.aliases, tuple(before.fixed))
     return parts.verified(parts.stages(boundaries, weights if costs == "measured" else None), boundaries, verifier)
 
 

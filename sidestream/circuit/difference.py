@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from sidestream.circuit.calls import called, copied
 from sidestream.circuit.measure import own_copies
 from sidestream.circuit.regions import RegionInterpreter
 from sidestream.circuit.same import same_leaf
 from sidestream.circuit.split import module_paths
-from sidestream.circuit.verify import called, copied
 
 
 def first_difference(

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sidestream.circuit.same import same_leaf
+from sidestream.circuit.attributes import Attribute, Weight, attributes_of
 from sidestream.circuit.step import GraphStep, Slot
 from sidestream.errors import CircuitError
-
-_PLAIN = (int, float, bool, str, type(None), tuple)
 
 
 def guard_of(
@@ -28,9 +26,13 @@ def guard_of(
     paths: Collection[str],
     moving: Collection[str] = (),
     whole: Collection[nn.Module] = (),
+    fixed: Collection[tuple[str, Any, Any]] = (),
+    *,
+    keeps_weights: bool = False,
 ) -> Callable[[], None]:
     """What a stage does at the start of a run (``Stage.guard``). ``paths``: dotted names of the modules that work in
-    it. ``moving``: attributes that forward assigns itself. ``whole``: modules kept whole, whose mode counts."""
+    it. ``moving``: attributes that forward assigns itself. ``whole``: modules kept whole, whose mode counts. ``fixed``:
+    plain values of globals and classes. ``keeps_weights``: forward keeps what it once computed from the weights."""
     sources: dict[int, list[_Place]] = {}
     for path, m in model.named_modules():
         for table, key, t in _tensors_of(m):
@@ -42,39 +44,18 @@ def guard_of(
         if found is not None:
             followed.append(_Followed(slot, found))
             modules.update((place.path, place.module) for place in found)
-    hooks = {path: _num_hooks(m) for path, m in model.named_modules() if path in modules or not path}
-    plain = [p for path, m in modules.items() for p in _plain_of(path, m) if p.name not in moving]
+    hooks = {path: _hooks(m) for path, m in model.named_modules() if path in modules or not path}
+    hooks = {path: own for path, own in hooks.items() if f"hooks of {path or 'the model'}" not in moving}
+    plain = [a for path, m in modules.items() for a in attributes_of(path, m) if not a.is_in(moving)]
+    plain += [a for a in (Attribute(table, key, path) for path, table, key in fixed) if not a.is_in(moving)]
+    if keeps_weights:
+        plain += [
+            Weight(m._parameters, key, f"{path}.{key}".lstrip("."))
+            for path, m in model.named_modules()
+            for key in m._parameters
+        ]
     modes = [(m, m.training) for outer in whole for m in outer.modules()]
     return _Guard(model, followed, modules, hooks, plain, modes)
-
-
-def _plain_of(path: str, module: nn.Module) -> list[_Attribute]:
-    """Numbers, flags and plain tensors in attributes of a module, which are part of the graph."""
-    names = {key for key in vars(module) if key != "training" and not key.startswith("_")}
-    values = {key: vars(module)[key] for key in names}
-    kept = {k: v for k, v in values.items() if isinstance(v, (*_PLAIN, torch.Tensor))}
-    return [_Attribute(module, key, value, f"{path}.{key}" if path else key) for key, value in kept.items()]
-
-
-class _Attribute:
-    """An attribute of the model that the graph has taken over."""
-
-    def __init__(self, module: nn.Module, key: str, value: Any, name: str) -> None:
-        self.module, self.key, self.value, self.name = module, key, value, name
-        self.version = _version(value)
-
-    def check(self) -> None:
-        """CircuitError where it is another one now."""
-        now = vars(self.module).get(self.key)
-        is_same = now is self.value if isinstance(self.value, torch.Tensor) else same_leaf(now, self.value)
-        if not is_same or _version(now) != self.version:
-            raise CircuitError(
-                f"{self.name!r} of the model was changed after the cut, which took over its value; cut the model again"
-            )
-
-
-def _version(value: Any) -> int:
-    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else 0
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, str, Any]]:
@@ -131,8 +112,8 @@ class _Guard:
         model: nn.Module,
         followed: list[_Followed],
         modules: dict[str, nn.Module],
-        hooks: dict[str, int],
-        plain: list[_Attribute],
+        hooks: dict[str, list[Any]],
+        plain: list[Attribute],
         modes: list[tuple[nn.Module, bool]],
     ) -> None:
         self._model, self._followed, self._modules, self._hooks = model, followed, modules, hooks
@@ -148,10 +129,10 @@ class _Guard:
                 raise CircuitError(
                     f"module {path!r} of the model has another class, forward or children than at the cut; cut it again"
                 )
-            if path in self._hooks and _num_hooks(module) != self._hooks[path]:
+            if path in self._hooks and [*map(id, _hooks(module))] != [*map(id, self._hooks[path])]:
                 raise CircuitError(
-                    f"hooks of module {path!r} were added or removed after the cut, and stages do not call them; "
-                    "cut the model again"
+                    f"hooks of module {path!r} were added, removed or exchanged after the cut, and stages do not call "
+                    "them; cut the model again"
                 )
         for module, mode in self._modes:
             if module.training != mode:
@@ -181,7 +162,11 @@ def _form(module: nn.Module) -> tuple[Any, ...]:
     return type(module), vars(module).get("forward"), tuple(module._modules)
 
 
-def _num_hooks(module: nn.Module) -> int:
+def _hooks(module: nn.Module) -> list[Any]:
     shared = nn.modules.module
-    own = len(module._forward_hooks) + len(module._forward_pre_hooks)
-    return own + len(shared._global_forward_hooks) + len(shared._global_forward_pre_hooks)
+    own = (module._forward_hooks, module._forward_pre_hooks)
+    return [
+        hook
+        for table in (*own, shared._global_forward_hooks, shared._global_forward_pre_hooks)
+        for hook in table.values()
+    ]

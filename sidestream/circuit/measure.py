@@ -60,12 +60,13 @@ def record(module: fx.GraphModule, leaves: Sequence[Any]) -> dict[fx.Node, NodeR
 
 
 def hidden_buffers(module: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Buffers that a module which is kept whole may write to: all but the statistics of batch norms in eval mode."""
+    """Buffers that a module which is kept whole may write to, also those that are None so far: all but the statistics
+    of batch norms in eval mode, or of norms that keep none."""
     return [
         (m, name)
         for m in module.modules()
         for name, buffer in m._buffers.items()
-        if buffer is not None and not (_is_idle_norm(m) and name in _STATISTICS)
+        if name not in _STATISTICS or not _is_idle_norm(m)
     ]
 
 
@@ -73,7 +74,8 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _is_idle_norm(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.batchnorm._NormBase) and not module.training
+    is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+    return is_norm and (not module.training or not module.track_running_stats)
 
 
 def measure_costs(
@@ -237,7 +239,8 @@ def _called_modules(module: fx.GraphModule) -> set[nn.Module]:
 
 
 def _states_of(module: nn.Module) -> list[torch.Tensor]:
-    return [owner._buffers[name] for owner, name in hidden_buffers(module)]  # type: ignore[misc]
+    states = [owner._buffers[name] for owner, name in hidden_buffers(module)]
+    return [state for state in states if state is not None]
 
 
 _SETS_MEMORY = {getattr(torch.ops.aten.set_, name) for name in torch.ops.aten.set_.overloads()}

@@ -39,10 +39,25 @@ class Snapshot:
                 put_back()
 
     def forget_new_cache_entries(self) -> None:
-        """Empty each ``lru_cache`` that was filled since (while tracing, with what is no tensor afterwards)."""
-        for cache, num_misses in self._walk.caches:
-            if cache.cache_info().misses != num_misses:
+        """Empty each ``lru_cache`` that was used since (while tracing, with what is no tensor afterwards)."""
+        for n, (cache, info) in enumerate(self._walk.caches):
+            if cache.cache_info() != info:
                 cache.cache_clear()
+                self._walk.caches[n] = cache, None  # its counts begin anew, and tell nothing any more
+
+    def has_new_cache_entries(self) -> bool:
+        """Whether an ``lru_cache`` was used since."""
+        return any(cache.cache_info() != info for cache, info in self._walk.caches)
+
+    @property
+    def aliases(self) -> dict[int, str]:
+        """Registered buffers (by identity) that an attribute names too, and that name."""
+        return self._walk.aliases
+
+    @property
+    def fixed(self) -> list[tuple[str, Any, Any]]:
+        """Plain values of globals and of classes: path, table, key."""
+        return self._walk.fixed
 
     def changed(self, later: Snapshot) -> list[str]:
         """Paths, buffers left out, that were written between this snapshot and the later one."""
@@ -61,6 +76,22 @@ def kept(model: nn.Module) -> Iterator[Snapshot]:
         yield before
     finally:
         before.restore()
+        before.forget_new_cache_entries()
+
+
+@contextmanager
+def other_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, the floating-point parameters hold other numbers; written so that no version counter moves."""
+    tensors = [p.data for p in model.parameters() if p.is_floating_point()]
+    tensors = [t for t in tensors if t.layout is torch.strided and not t.is_meta and not t.is_inference()]
+    kept = [t.clone() for t in tensors]
+    try:
+        for t in tensors:
+            t.mul_(1.25).add_(0.01)
+        yield
+    finally:
+        for t, before in zip(tensors, kept):
+            t.copy_(before)
 
 
 def is_of_hook(path: str) -> bool:

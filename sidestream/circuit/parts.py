@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
+from sidestream.circuit.autocast_check import AutocastCheck
 from sidestream.circuit.difference import first_difference
 from sidestream.circuit.freshness import guard_of
 from sidestream.circuit.hidden import Watched
@@ -34,6 +35,12 @@ class Parts:
     steers_gradients: bool
     moving: frozenset[str] = frozenset()
     """Attributes that forward itself assigns."""
+    keeps_weights: bool = False
+    """Forward keeps what it computed from the weights in its first call."""
+    aliases: Mapping[int, str] = field(default_factory=dict)
+    """Registered buffers (by identity) that an attribute names too, and that name."""
+    fixed: tuple[tuple[str, Any, Any], ...] = ()
+    """Plain values of globals and classes that the model's code reads: path, table, key."""
 
     def stages(self, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
         """The stages that begin at ``boundaries``."""
@@ -74,6 +81,8 @@ class Parts:
                 {"", *(path for node in piece.nodes for path in module_paths(node))},
                 self.moving,
                 [self.traced.module.get_submodule(str(n.target)) for n in piece.nodes if n.op == "call_module"],
+                self.fixed,
+                keeps_weights=self.keeps_weights,
             ),
         )
 
@@ -89,7 +98,14 @@ class Parts:
         return alias.in_buffers(self.traced.module.graph, self.records)
 
     def _held(self, node: fx.Node) -> list[tuple[nn.Module, str]]:
-        return hidden_buffers(self.traced.module.get_submodule(str(node.target)))
+        held = hidden_buffers(self.traced.module.get_submodule(str(node.target)))
+        for module, name in held:
+            if (other := self.aliases.get(id(module._buffers[name]))) is not None:
+                raise CutError(
+                    f"the buffer {name!r} of {type(module).__name__}, which is kept whole, is also the attribute "
+                    f"{other!r}, so a run cannot have its own; keep one name for it, the buffer's"
+                )
+        return held
 
     def verified(self, result: Stages, boundaries: Sequence[int], verifier: Verifier) -> Stages:
         """The stages, compared with the model, and with what each was given and made on the example."""
@@ -114,7 +130,12 @@ class Parts:
             replace(stage, example_inputs=given, output_bytes=tuple(num_bytes(value) for value in made))
             for stage, given, made in zip(result, inputs, outputs)
         ]
-        return result.with_stages(tuple(stages))
+        result = result.with_stages(tuple(stages))
+        is_training = self.model.training
+        check = AutocastCheck(
+            self.model, lambda probes: _run_in_a_row(result, probes, is_training), verifier.probes, stages[0].guard
+        )
+        return result.with_stages((replace(stages[0], guard=check), *stages[1:]))
 
     def _check_buffers(self, stages: Stages, verifier: Verifier) -> None:
         """CutError for a buffer that the model writes and no stage has as its state."""
@@ -147,6 +168,7 @@ def verified_stream(stages: Stages, verifier: Verifier) -> Stages:
 def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> Iterator[Any]:
     """The answers to one probe after the other, the stages interleaved as in a pipeline, each on another frame."""
     K, state, frames = len(stages), stages.init_state(), []
+    steps = [getattr(s.step, "with_gradients", s.step) if is_training else s.step for s in stages]
     with torch.inference_mode(not is_training):
         for args, kwargs in probes:
             leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -156,9 +178,7 @@ def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> I
         for tick in range(len(frames) + K - 1):
             for number in range(min(K, tick + 1), max(0, tick - len(frames) + 1), -1):
                 values = frames[tick - number + 1]
-                outputs, state[number - 1] = stages[number - 1].step(
-                    stages.inputs_of(values, number), state[number - 1]
-                )
+                outputs, state[number - 1] = steps[number - 1](stages.inputs_of(values, number), state[number - 1])
                 values.update({(number, n): value for n, value in enumerate(outputs)})
     for values in frames:
         answer = stages.inputs_of(values, K + 1)

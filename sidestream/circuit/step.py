@@ -64,7 +64,7 @@ class GraphStep:
         """The memory of the buffers that are its state."""
         own = [owner[key] for owner, key in map(self.slots.__getitem__, self.written)]
         held = [m._buffers[name] for m, name in self.held.buffers] if self.held else []
-        return {storage_of(buffer) for buffer in (*own, *held)}
+        return {storage_of(buffer) for buffer in (*own, *held) if buffer is not None}
 
     @property
     def has_buffers(self) -> bool:
@@ -100,13 +100,11 @@ class HeldBuffers:
     def __init__(self, buffers: Sequence[tuple[nn.Module, str]]) -> None:
         self.buffers = tuple(buffers)
         self._owners = tuple({id(m): m for m, _ in buffers}.values())
-        for owner in self._owners:
-            self._locks.setdefault(owner, threading.RLock())
 
     def copies(self) -> tuple[Tensor, ...]:
         """The buffers as they are now, copied."""
         with self._locked():
-            return _copies([m._buffers[name] for m, name in self.buffers])  # type: ignore[misc]
+            return _copies([m._buffers[name] for m, name in self.buffers])
 
     @contextmanager
     def lent(self, buffers: Sequence[Tensor]) -> Iterator[Callable[[], tuple[Tensor, ...]]]:
@@ -127,7 +125,7 @@ class HeldBuffers:
     def _locked(self) -> Iterator[None]:
         with ExitStack() as stack:
             for owner in sorted(self._owners, key=id):  # one order for all, so that none waits in a ring
-                stack.enter_context(self._locks[owner])
+                stack.enter_context(self._locks.setdefault(owner, threading.RLock()))
             yield
 
 
@@ -167,8 +165,15 @@ def _slot(module: nn.Module, name: str) -> Slot:
     return vars(owner), key
 
 
-def _copies(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Copies of tensors; those that share memory share it afterwards, too."""
+def _copies(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Copies of tensors (None stays None); those that share memory share it afterwards, too."""
+    if any(t is None for t in tensors):
+        made = iter(_copies([t for t in tensors if t is not None]))
+        return tuple(None if t is None else next(made) for t in tensors)
+    return _copies_of([t for t in tensors if t is not None])
+
+
+def _copies_of(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     if len(tensors) < 2 or len({storage_of(t) for t in tensors}) == len(tensors):
         return tuple(strided_copy(t.detach()) for t in tensors)
     memories: dict[Any, Any] = {}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit.assignments import assignments_written
@@ -27,6 +28,7 @@ from sidestream.errors import CutError
 
 _TORCH_FOLDER = str(Path(torch.__file__).parent) + os.sep
 _OWN_FOLDER = str(Path(__file__).parent) + os.sep
+_FORWARD_MODE = {"_jvp_increment_nesting", "_jvp_decrement_nesting", "_make_dual", "_unpack_dual", "_enter_dual_level"}
 _SHAPE_ASSERTS = {torch.ops.aten._assert_tensor_metadata.default}
 
 
@@ -52,6 +54,12 @@ def plain_model(model: Any) -> nn.Module:
     if not isinstance(model, nn.Module):
         name = getattr(model, "__name__", type(model).__name__)
         raise CutError(f"the model is {name!r}, a {type(model).__name__}; give an nn.Module (put it into its forward)")
+    scripted = [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        raise CutError(
+            f"module {scripted[0]!r} of {type(model).__name__} is compiled TorchScript, which cannot be cut; put the "
+            "Python module in its place"
+        )
     return model
 
 
@@ -69,12 +77,20 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     except CutError:
         raise
     except Exception as error:
+        said = one_line(error)
+        if "constant's list" in said:
+            said = "it takes .data of a buffer or parameter, which no graph shows (write x.detach(), or x itself)"
         raise CutError(
-            f"{type(model).__name__} cannot be traced at {place_of(error)}: {one_line(error)}; "
+            f"{type(model).__name__} cannot be traced at {place_of(error)}: {said}; "
             "cut it at submodules by their dotted names instead: cut(model, example, cut=('layer2', ...)), "
             "which keeps what happens inside of submodules opaque"
         ) from error
     graph = module.graph
+    if duals := [node for node in graph.nodes if getattr(node.target, "__name__", "") in _FORWARD_MODE]:
+        raise CutError(
+            f"{type(model).__name__} differentiates forwards inside (torch.func.jvp or forward-mode AD, at "
+            f"{duals[0].name}), which stages cannot run; compute it by torch.func.vjp, or outside of the model"
+        )
     num_inputs = len(graph.find_nodes(op="placeholder"))
     if program.call_spec.in_spec != in_spec or num_inputs != len(leaves):
         raise CutError(
@@ -87,7 +103,20 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     for node in reversed(graph.nodes):
         if node.target in _SHAPE_ASSERTS:
             graph.erase_node(node)
-    return Traced(module, in_spec, program.call_spec.out_spec, tuple(leaves))
+    return Traced(module, in_spec, _usual(program.call_spec.out_spec), tuple(leaves))
+
+
+def _usual(spec: pytree.TreeSpec) -> pytree.TreeSpec:
+    """The structure with dicts and lists instead of torch.fx's own immutable ones, which its modules do not answer."""
+
+    def usual(value: Any) -> Any:
+        if isinstance(value, immutable_dict) or type(value) is dict:
+            return {key: usual(item) for key, item in value.items()}
+        if isinstance(value, immutable_list) or type(value) in (list, tuple):
+            return (tuple if type(value) is tuple else list)(map(usual, value))
+        return value
+
+    return pytree.tree_structure(usual(pytree.tree_unflatten(list(range(spec.num_leaves)), spec)))
 
 
 def trace_around(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: tuple[str, ...]) -> Traced:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sidestream.circuit.same import same_leaf
 
 Undo = Callable[[], None]
+PYTHONS, NUMPYS = "the generator of the module random", "the generator of the module numpy.random"
 
 
 def shared_generators() -> Undo:
@@ -32,6 +33,12 @@ def shared_generators() -> Undo:
             torch.cuda.set_rng_state_all(cuda)
 
     return undo
+
+
+def shared_states() -> dict[str, Any]:
+    """Where the generators of Python and numpy stand, whose draws no graph shows."""
+    numbers = np.random.get_state()
+    return {PYTHONS: random.getstate(), NUMPYS: (numbers[1].tobytes(), *numbers[2:])}  # type: ignore[index,union-attr]
 
 
 def dict_of(table: dict[Any, Any]) -> Undo:
@@ -86,12 +93,28 @@ def bytes_of(values: Any) -> Undo:
     return undo
 
 
-def gradient(parameter: Tensor, grad: Tensor | None, requires_grad: bool) -> None:
-    """The gradient that a parameter has, and whether it takes one."""
-    if parameter.grad is not grad:
-        parameter.grad = grad
-    if parameter.requires_grad != requires_grad:
-        parameter.requires_grad_(requires_grad)
+def parameter(value: Tensor) -> Undo:
+    """A parameter: the memory and the gradient that it has, and whether it takes one; not the numbers in the memory."""
+    grad, requires_grad, data = value.grad, value.requires_grad, value.data
+
+    def undo() -> None:
+        if not same_memory(value, data):
+            value.data = data
+        if value.grad is not grad:
+            value.grad = grad
+        if value.requires_grad != requires_grad:
+            value.requires_grad_(requires_grad)
+
+    return undo
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same numbers in the same place, also as to their kind."""
+    if a.layout is not torch.strided or b.layout is not torch.strided or a.device.type == "meta":
+        return True
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype, a.is_inference()) == (
+        b.data_ptr(), b.shape, b.stride(), b.dtype, b.is_inference()
+    )  # fmt: skip
 
 
 def array(values: np.ndarray) -> Undo:
@@ -170,10 +193,26 @@ def tensor(value: Tensor, kept: Tensor) -> Undo:
     return undo
 
 
-def set_class_attribute(kind: type, name: str, value: Any) -> None:
-    """An attribute of a class."""
-    if vars(kind).get(name) is not value:
-        setattr(kind, name, value)
+class ClassTable:
+    """The attributes of a class, as a table."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __getitem__(self, name: str) -> Any:
+        return vars(self.kind)[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.kind, name, value)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As of a dict."""
+        return vars(self.kind).get(name, default)
+
+    def put_back(self, name: str, value: Any) -> None:
+        """Set an attribute if it is another one."""
+        if vars(self.kind).get(name) is not value:
+            setattr(self.kind, name, value)
 
 
 def _ignored(result: Any) -> None:

@@ -9,40 +9,29 @@ of a model slower than ``SLOW_SECONDS`` a frame one less each. "once": one frame
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils import _pytree as pytree
 
-from sidestream.circuit.measure import own_copies, own_copy
-from sidestream.circuit.memory import Snapshot, is_of_hook
+from sidestream.circuit.calls import Stream, called, copied, perturbed
+from sidestream.circuit.memory import Snapshot, is_of_hook, other_weights
 from sidestream.circuit.poison import Poison
 from sidestream.circuit.same import same, same_leaf
-from sidestream.circuit.trace import one_line, place_of
+from sidestream.circuit.undo import NUMPYS, PYTHONS
 from sidestream.circuit.watch import GradientSwitches, watching_parameters
 from sidestream.errors import CutError
 
-CHECKS = ("full", "once", "off")
 NUM_PROBES = 3
+NUM_SEEDS = 8
+"""Of Python's generator, where a model in eval mode draws from it."""
 SLOW_SECONDS = 0.5
-
-
-class Stream:
-    """A streaming layer as something that is called frame after frame; ``state`` None: at its start."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.state = layer, None
-
-    def __call__(self, frame_BCHW: Tensor) -> Any:
-        if self.state is None:
-            self.state = self.layer.init_state(frame_BCHW)
-        answer, self.state = self.layer.step(frame_BCHW, self.state)
-        return answer
 
 
 @dataclass
@@ -58,6 +47,8 @@ class Verifier:
     """After a call, where a call fills in attributes once and for all."""
     filled_in: tuple[str, ...] = ()
     """Attributes that a first call fills in."""
+    keeps_weights: bool = False
+    """What a first call fills in is made of the weights."""
     written_buffers: set[str] = field(default_factory=set)
     """Names of the buffers that a call changes."""
     steers_gradients: bool = False
@@ -71,7 +62,8 @@ class Verifier:
     @property
     def moving(self) -> frozenset[str]:
         """Attributes that forward assigns, though they are no state."""
-        return frozenset(path.partition("[")[0] for path in (*self.filled_in, *self._scratch))
+        paths = (*self.filled_in, *self._scratch)
+        return frozenset(path.removeprefix("len(").removeprefix("order of ").rstrip(")") for path in paths)
 
     def look(self) -> None:
         """Run the plain model. Raises CutError where it fails, or keeps state that no buffer holds."""
@@ -90,11 +82,30 @@ class Verifier:
         self.steers_gradients = switches.was_used and not self.model.training
         seconds = time.perf_counter() - started
         warm = Snapshot(self.model)
-        self._restart()
-        self.filled_in = tuple(self.before.changed(warm))
+        self.filled_in = tuple(p for p in self.before.changed(warm) if p not in (PYTHONS, NUMPYS))
         self.warm = warm if self.filled_in else None
+        self.keeps_weights = self._keeps_weights()
+        self._restart()
         self._run_probes(1 if self.how == "once" else NUM_PROBES - (seconds > SLOW_SECONDS))
         self._restart()
+
+    def _keeps_weights(self) -> bool:
+        """Whether what a first call filled in is made of the weights: with others, the answer then depends on it."""
+        if self.model.training or not (self.warm or self.before.has_new_cache_entries()):
+            return False
+        try:
+            with other_weights(self.model):
+                self._put_buffers_back()
+                kept = pytree.tree_map(copied, self._call((self.args, self.kwargs)))
+                self._restart()
+                self._call((self.args, self.kwargs))
+                self._put_buffers_back()
+                fresh = pytree.tree_map(copied, self._call((self.args, self.kwargs)))
+            return not same(kept, fresh)
+        except CutError:
+            return True
+        finally:
+            self._restart()
 
     def _run_probes(self, num_probes: int) -> None:
         snapshots: list[Snapshot] = []
@@ -130,6 +141,7 @@ class Verifier:
     def _restart(self) -> None:
         """Back to the state that the model has."""
         self.before.restore()
+        self.before.forget_new_cache_entries()
         if self.stream is not None:
             self.stream.state = None
 
@@ -141,6 +153,11 @@ class Verifier:
         if not changed or self._is_scratch(changed, latest):
             self._scratch.update(changed)
             return
+        if drawn := [path for path in changed if path in (PYTHONS, NUMPYS)]:
+            raise CutError(
+                f"{type(self.model).__name__} draws random numbers from {drawn[0]}, whose order no graph shows; draw "
+                "them with torch (torch.rand), or cut a model that draws none"
+            )
         more = f" (and {', '.join(map(repr, changed[1:4]))})" if len(changed) > 1 else ""
         raise CutError(
             f"{type(self.model).__name__} keeps state outside of its buffers: its forward changes "
@@ -150,6 +167,10 @@ class Verifier:
 
     def _is_scratch(self, changed: list[str], latest: Snapshot) -> bool:
         """Whether forward writes to these places before it reads them: it answers the same without the old values."""
+        drawn = [path for path in changed if path in (PYTHONS, NUMPYS)]
+        if drawn and (self.model.training or not self._draws_for_nothing(latest)):
+            return False
+        changed = [path for path in changed if path not in drawn]
         if any(path not in latest.places for path in changed):
             return False
         probe = self._perturbed(7)
@@ -170,10 +191,29 @@ class Verifier:
             if self.stream is not None:
                 self.stream.state = state
 
+    def _draws_for_nothing(self, latest: Snapshot) -> bool:
+        """Whether the answer is the same whatever the generators of Python and numpy draw."""
+        answers = []
+        state = self.stream.state if self.stream else None
+        try:
+            for seed in range(NUM_SEEDS):
+                random.seed(seed)
+                np.random.seed(seed)
+                answers.append(pytree.tree_map(copied, self._call(self._perturbed(7))))
+                latest.restore()
+                if self.stream is not None:
+                    self.stream.state = state
+        finally:
+            latest.restore()
+        return all(same(answer, answers[0]) for answer in answers)
+
     def ready_to_trace(self) -> None:
         """Attributes that the first call fills in are filled in, buffers are as they were."""
         if self.warm is not None:
             self.warm.restore()
+        self._put_buffers_back()
+
+    def _put_buffers_back(self) -> None:
         buffers = dict(self.model.named_buffers())
         for name, value in self.before.buffers.items():
             if value is not None and name in buffers and not same_leaf(buffers[name], value):
@@ -211,60 +251,3 @@ class Verifier:
             if not same(pytree.tree_map(copied, again), wanted):
                 return False
         return True
-
-
-def perturbed(example: Any, *, seed: int) -> Any:
-    """Other values of the same shapes, types and strides: noise around floats, integers and flags in another order."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def changed(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or leaf.layout is not torch.strided or leaf.numel() == 0:
-            return own_copy(leaf) if isinstance(leaf, Tensor) else leaf
-        fresh, plain = own_copy(leaf), leaf.detach().cpu()
-        with torch.inference_mode(False), torch.no_grad():
-            if leaf.is_floating_point() or leaf.is_complex():
-                noise = torch.rand(leaf.shape, generator=generator).to(plain.dtype)
-                scale = plain.abs().to(torch.float64).nan_to_num(0.0, 0.0, 0.0).mean().to(noise.real.dtype)
-                other = torch.rand(leaf.shape, generator=generator).to(plain.dtype)
-                values = plain * (0.75 + 0.5 * other) + (noise - 0.5) * (scale if scale > 0 else 1.0)
-            else:
-                order = torch.randperm(leaf.numel(), generator=generator)
-                values = plain.reshape(-1)[order].reshape(leaf.shape)
-            return fresh.copy_(values)
-
-    return pytree.tree_map(changed, example)
-
-
-def called(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    records: bool,
-    watch: Any = None,
-    call: Any = None,
-) -> Any:
-    """The model's answer to copies of the inputs; CutError where it fails."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    given_args, given_kwargs = pytree.tree_unflatten(own_copies(leaves), spec)
-    try:
-        with torch.set_grad_enabled(records and not torch.is_inference_mode_enabled()), watch or nullcontext():
-            return (call or model)(*given_args, **given_kwargs)
-    except CutError:
-        raise
-    except Exception as error:
-        raise CutError(
-            f"{type(model).__name__} fails on the example at {place_of(error)}: {type(error).__name__}: "
-            f"{one_line(error)}; give an example that the model itself can answer"
-        ) from error
-
-
-def copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def check_of(how: str) -> str:
-    """CutError for an unknown name."""
-    if how not in CHECKS:
-        raise CutError(f"check={how!r} is unknown; choose one of {', '.join(CHECKS)}")
-    return how

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import array
-import enum
 import functools
-import random
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -30,20 +26,17 @@ from sidestream.circuit.code_names import (
     names_in,
     slots_of,
 )
+from sidestream.circuit.kinds import CACHE, OPAQUE, PLAIN, SOURCES, VALUES, may_hold_state
 
 MOST_OBJECTS = 200_000
 """Objects that are looked at; a model that holds more is looked at so far."""
-MOST_GLOBAL_ITEMS = 1000
+MOST_GLOBAL_ITEMS = 5000
 """A global table with more entries than this is not the memory of a model."""
 _OWN_KEYS = (frozenset(vars(nn.Module())) | {"sidestream_info", "_is_full_backward_hook"}) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, torch.memory_format)
-_OPAQUE = (type, types.ModuleType, types.BuiltinFunctionType, torch.jit.ScriptModule)
-_VALUES = (np.generic, Decimal, Fraction, enum.Enum)
-"""Values that cannot change, beside the plain ones."""
-_MOST_ITEMS = 2000
+_HOOK_TABLES = (*_HOOKS, *(f"{name}_{kind}" for name in _HOOKS for kind in ("with_kwargs", "always_called")))
+_MOST_PLAIN, _MOST_ITEMS = 2000, 20_000
 """Of a longer list or table of plain values only a copy is kept; of one of objects, so many are looked at."""
-_CACHE = type(functools.lru_cache(lambda: None))
 
 
 class Walk:
@@ -54,11 +47,17 @@ class Walk:
         self.others: dict[str, Any] = {}
         self.places: dict[str, tuple[Any, Any]] = {}
         self.undo: list[Callable[[], None]] = []
-        self.caches: list[tuple[Any, int]] = []
+        self.caches: list[tuple[Any, Any]] = []
+        self.aliases: dict[int, str] = {}
+        """Registered buffers (by identity) that an attribute names too."""
+        self.fixed: list[tuple[str, Any, Any]] = []
+        """Plain values of globals and classes: path, table, key."""
         self._seen: dict[int, Any] = {}
         self._paths: dict[int, str] = {}
+        self._seen_globals: set[tuple[int, str]] = set()
         self._registered = {id(buffer) for buffer in model.buffers()}
         self.undo.append(undo.shared_generators())
+        self.others |= undo.shared_states()
         self._is_new(model)
         self._module("", model)
 
@@ -72,11 +71,13 @@ class Walk:
         own = vars(module)
         for table in (own, module._parameters, module._buffers, module._modules):
             self.undo.append(undo.dict_of(table))
-        for parameter in module._parameters.values():
+        for name, parameter in module._parameters.items():
             if parameter is not None:
-                self.undo.append(functools.partial(undo.gradient, parameter, parameter.grad, parameter.requires_grad))
+                self.undo.append(undo.parameter(parameter))
+                self._attributes(_joined(path, name), parameter)
         for name, buffer in module._buffers.items():
             self.buffers[_joined(path, name)] = self._tensor(buffer)
+            self._attributes(_joined(path, name), buffer)
         for name, child in module._modules.items():
             if child is not None and self._is_new(child) and not isinstance(child, torch.jit.ScriptModule):
                 self._paths[id(child)] = _joined(path, name)
@@ -85,21 +86,27 @@ class Walk:
             if name not in _OWN_KEYS:
                 self.places[_joined(path, name)] = (own, name)
                 self._visit(_joined(path, name), value)
+        for hooks in _HOOK_TABLES:
+            self.undo.append(undo.dict_of(own.get(hooks, {})))
         for hooks in _HOOKS:
+            if own.get(hooks):
+                self.others[f"hooks of {path or 'the model'}"] = [*map(SameThing, own[hooks].values())]
             for hook in own.get(hooks, {}).values():
                 self._visit(f"{path or 'the model'} (hook {getattr(hook, '__name__', type(hook).__name__)})", hook)
         self._class(type(module))
 
     def _visit(self, path: str, value: Any, depth: int = 0) -> None:
         """Look at any value; what it holds is looked at once, under the first path that leads to it."""
-        if isinstance(value, (*_PLAIN, *_VALUES)):
+        if isinstance(value, (*PLAIN, *VALUES)):
             self.others[path] = value
-        elif isinstance(value, _OPAQUE) or depth > 100:
+        elif isinstance(value, OPAQUE) or depth > 100:
             self.others[path] = SameThing(value)
         elif isinstance(value, nn.Parameter):
             pass
         elif isinstance(value, Tensor):
-            if id(value) not in self._registered:
+            if id(value) in self._registered:
+                self.aliases[id(value)] = path
+            else:
                 self.others[path] = self._tensor(value)
         elif self._is_new(value):
             self._paths[id(value)] = path
@@ -139,11 +146,11 @@ class Walk:
         elif isinstance(value, np.ndarray):
             self.others[path] = value.copy()
             self.undo.append(undo.array(value))
-        elif isinstance(value, torch.Generator | random.Random | np.random.Generator | np.random.RandomState):
+        elif isinstance(value, SOURCES):
             self.others[path], put_back = undo.generator(value)
             self.undo.append(put_back)
-        elif isinstance(value, _CACHE):
-            self.caches.append((value, value.cache_info().misses))
+        elif isinstance(value, CACHE):
+            self.caches.append((value, value.cache_info()))
             self._visit(path, value.__wrapped__, depth + 1)
         elif callable(value) and self._callable(path, value, depth):
             pass
@@ -152,7 +159,7 @@ class Walk:
 
     def _items(self, path: str, items: Any, depth: int, table: Any = None) -> None:
         found = list(items)
-        if len(found) > _MOST_ITEMS and all(isinstance(item, _PLAIN) for _, item in found):
+        if len(found) > _MOST_PLAIN and all(isinstance(item, PLAIN) for _, item in found):
             self.others[path] = found
             return
         for key, item in found[:_MOST_ITEMS]:
@@ -165,18 +172,21 @@ class Walk:
         """An object of the user's: its attributes."""
         if is_of_torch(type(value)) or not holds_state(type(value)):
             return
-        own = getattr(value, "__dict__", None)
-        if isinstance(own, dict):
-            self.undo.append(undo.dict_of(own))
-            for name, item in list(own.items()):
-                if path in self.places:
-                    self.places[f"{path}.{name}"] = (own, name)
-                self._visit(f"{path}.{name}", item, depth + 1)
+        self._attributes(path, value, depth)
         for name in (n for cls in type(value).__mro__ for n in slots_of(cls)):
             if hasattr(value, name):
                 self.undo.append(undo.slot(value, name))
                 self._visit(f"{path}.{name}", getattr(value, name), depth + 1)
         self._class(type(value))
+
+    def _attributes(self, path: str, value: Any, depth: int = 0) -> None:
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict) and (own or not isinstance(value, Tensor)):
+            self.undo.append(undo.dict_of(own))
+            for name, item in list(own.items()):
+                if path in self.places:
+                    self.places[f"{path}.{name}"] = (own, name)
+                self._visit(f"{path}.{name}", item, depth + 1)
 
     def _callable(self, path: str, value: Any, depth: int) -> bool:
         """A function, a method, or a partial: what it holds. False: it is some other object."""
@@ -213,37 +223,35 @@ class Walk:
     def _global(self, table: dict[str, Any], name: str, names: Sequence[str], depth: int) -> None:
         value = table[name]
         where = f"the global {name} of {table.get('__name__', '?')}"
-        if isinstance(value, _PLAIN):
-            self.undo.append(functools.partial(table.__setitem__, name, value))
-            self.others[where] = value
-        elif isinstance(value, list | dict | set | deque):
-            if len(value) <= MOST_GLOBAL_ITEMS:
-                self.undo.append(functools.partial(table.__setitem__, name, value))
-                self._visit(where, value, depth + 1)
-        elif isinstance(value, Tensor | np.ndarray | _CACHE | torch.Generator):
-            self.undo.append(functools.partial(table.__setitem__, name, value))
-            self._visit(where, value, depth + 1)
-        elif isinstance(value, types.FunctionType) and not is_of_torch(value) and self._is_new(value):
-            self._function(name, value, depth + 1)
+        if isinstance(value, PLAIN):
+            self.fixed.append((where, table, name))
+        elif isinstance(value, list | dict | set | deque) and len(value) > MOST_GLOBAL_ITEMS:
+            return
+        elif isinstance(value, types.FunctionType) and not is_of_torch(value):
+            if self._is_new(value):
+                self._function(name, value, depth + 1)
+            return
         elif isinstance(value, types.ModuleType):
-            self._imported(value, names)
-        elif isinstance(value, type) and is_near(value.__module__, table):
-            self._class(value)
-        elif isinstance(value, tuple | types.SimpleNamespace) or is_near(type(value).__module__, table):
-            self._visit(where, value, depth + 1)
+            if not is_library(value.__name__.partition(".")[0]):
+                self._imported(value, names)
+            return
+        elif isinstance(value, type):
+            if is_near(value.__module__, table):
+                self._class(value)
+            return
+        elif not may_hold_state(value, table):
+            return
+        self.undo.append(functools.partial(table.__setitem__, name, value))
+        self.places[where] = (table, name)
+        self._visit(where, value, depth + 1)
 
     def _imported(self, module: types.ModuleType, names: Sequence[str]) -> None:
-        """What the user's own code uses of a module that it imports."""
-        if is_library(module.__name__.partition(".")[0]):
-            return
+        """What the user's own code uses of a module of its own that it imports."""
         table = vars(module)
         for name in names:
-            value = table.get(name)
-            if isinstance(value, types.FunctionType):
-                if self._is_new(value):
-                    self._function(name, value, 0)
-            elif name in table and isinstance(value, (*_PLAIN, list, dict, set, deque, Tensor)):
-                self._global(table, name, (), 0)
+            if name in table and not name.startswith("__") and (id(table), name) not in self._seen_globals:
+                self._seen_globals.add((id(table), name))
+                self._global(table, name, names, 0)
 
     def _class(self, cls: type) -> None:
         for kind in cls.__mro__:
@@ -254,14 +262,17 @@ class Walk:
                 if isinstance(value, types.FunctionType):
                     if self._is_new(value):
                         self._function(f"{kind.__name__}.{name}", value, 0)
-                elif isinstance(value, _CACHE):
+                elif isinstance(value, CACHE):
                     self._visit(f"{kind.__name__}.{name}", value)
                 elif not name.startswith("__") and (
-                    isinstance(value, (*_PLAIN, list, dict, set, deque, Tensor))
-                    or is_near(type(value).__module__, {"__name__": kind.__module__})
+                    isinstance(value, PLAIN) or may_hold_state(value, {"__name__": kind.__module__})
                 ):
-                    self.undo.append(functools.partial(undo.set_class_attribute, kind, name, value))
-                    self._visit(f"{kind.__name__}.{name}", value)
+                    where, table = f"{kind.__name__}.{name}", undo.ClassTable(kind)
+                    self.undo.append(functools.partial(table.put_back, name, value))
+                    self.places[where] = (table, name)
+                    if isinstance(value, PLAIN):
+                        self.fixed.append((where, table, name))
+                    self._visit(where, value)
 
     def _tensor(self, value: Tensor | None) -> Tensor | None:
         """A copy of a tensor, which it is put back to."""

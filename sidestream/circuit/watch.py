@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sidestream.circuit.measure import storage_of
 from sidestream.circuit.same import same_leaf
+from sidestream.circuit.undo import same_memory
 from sidestream.errors import CutError
 
 
@@ -56,14 +57,22 @@ class _ParameterWrites(TorchDispatchMode):
 def watching_parameters(model: nn.Module) -> Iterator[None]:
     """CutError for a model whose forward writes to its parameters, which are put back."""
     watch = _ParameterWrites(model)
+    memory = [(name, p, p.data) for name, p in model.named_parameters()]
+    written = ""
     with watch:
         yield
-    for key, value in watch.kept.items():
-        name, parameter = watch.memory[key]
-        if not same_leaf(parameter.detach(), value):
-            with torch.no_grad():
+    with torch.no_grad():
+        for name, parameter, data in memory:  # other memory, by .data = ...
+            if not same_memory(parameter, data):
+                parameter.data = data
+                written = written or name
+        for key, value in watch.kept.items():
+            name, parameter = watch.memory[key]
+            if not same_leaf(parameter.detach(), value):
                 parameter.detach().copy_(value)
-            raise CutError(
-                f"the forward of {type(model).__name__} writes to its parameter {name!r}, which stages share with the "
-                "model and with each other; make it a buffer (self.register_buffer)"
-            )
+                written = written or name
+    if written:
+        raise CutError(
+            f"the forward of {type(model).__name__} writes to its parameter {written!r}, which stages share with the "
+            "model and with each other; make it a buffer (self.register_buffer)"
+        )

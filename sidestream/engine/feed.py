@@ -147,6 +147,8 @@ class Feed:
             return flatten_inputs(spec, item, {}, example, copies=copies)
         if isinstance(item, dict):
             return flatten_inputs(spec, (), item, example, copies=copies)
+        if isinstance(item, list) and example is not None and [type(a) for a in example[0]] == [list]:
+            return flatten_inputs(spec, (item,), {}, example, copies=copies)  # the model's only argument is a list
         raise InputError(
             f"a stream item is a {type(item).__name__}; expected Frame, a tensor BCHW, a tuple of inputs or a dict"
         )

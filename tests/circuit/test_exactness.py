@@ -1451,7 +1451,7 @@ class FailsOnTheExample(Net):
 REFUSED = [
     (OwnGenerator, "'generator'"),
     (ByTheClock, "does not answer the same frame twice alike"),
-    (PythonsRandom, "the stages do not give what PythonsRandom gives"),
+    (PythonsRandom, "PythonsRandom draws random numbers from the generator of the module random"),
     (Grows, r"'all' of Grows is \(0, 3, 8, 8\).*assigns .*keeps its shape"),
     (ThroughNumpy, r"cannot be traced at .*x\.numpy\(\)"),
     (NotReady, r"'lazy\.weight' is not initialised yet .*call the model once"),
