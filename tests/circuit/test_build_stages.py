@@ -144,3 +144,12 @@ def test_a_stage_with_several_outputs() -> None:
     stage = stage_of(Two(), (torch.ones(2), torch.ones(2)), name="two")
     assert (stage.name, stage.num_inputs, stage.num_outputs) == ("two", 2, 2)
     assert_equal(stage.step((torch.ones(2), torch.ones(2)), None), ((torch.full((2,), 2.0), torch.zeros(2)), None))
+
+
+def test_a_stage_in_train_mode_is_tried_in_eval_mode() -> None:
+    """One value per channel is enough for a look at the shapes, and the look teaches no batch norm."""
+    norm = nn.BatchNorm1d(4).train()
+    stages = stages_of([nn.Linear(4, 4), norm], torch.rand(1, 4))
+    assert norm.training
+    assert int(norm.num_batches_tracked) == 0
+    assert stages[1].output_bytes == (16,)
