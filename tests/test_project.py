@@ -84,24 +84,24 @@ def test_imports_run_one_way():
     assert "1 kept, 0 broken" in done.stdout
 
 
-def seconds_and_modules() -> tuple[float, set[str]]:
-    """What importing Sidestream costs in a fresh interpreter that has torch already, and what is loaded then."""
+def seconds_and_modules() -> tuple[float, float, set[str]]:
+    """What importing torch costs in a fresh interpreter, what Sidestream costs then, and what is loaded."""
     clock = "time.process_time()"  # not the wall, which other programs stretch
-    seconds, *modules = python(
-        f"import sys, time, torch; start = {clock}; {IMPORT_ALL}; seconds = {clock} - start;"
-        "print(seconds, *{name.partition('.')[0] for name in sys.modules})"
+    seconds_of_torch, seconds, *modules = python(
+        f"import sys, time; began = {clock}; import torch; start = {clock}; {IMPORT_ALL}; seconds = {clock} - start;"
+        "print(start - began, seconds, *{name.partition('.')[0] for name in sys.modules})"
     ).split()
-    return float(seconds), set(modules)
+    return float(seconds_of_torch), float(seconds), set(modules)
 
 
 def test_import_costs_little_more_than_torch_and_loads_no_heavy_package():
     for _ in range(4):  # the first may be cold, another one disturbed
-        seconds, loaded = seconds_and_modules()
+        seconds_of_torch, seconds, loaded = seconds_and_modules()
         assert {"torch", "sidestream"} <= loaded
         assert loaded & HEAVY == set()
-        if seconds <= 0.5:
+        if seconds <= 0.5 * seconds_of_torch:  # other programs slow down both
             return
-    pytest.fail(f"importing Sidestream took {seconds:.2f} s beyond torch; expected at most 0.5 s")
+    pytest.fail(f"importing Sidestream took {seconds:.2f} s, torch {seconds_of_torch:.2f} s; expected at most half")
 
 
 def test_public_names_are_pinned():
