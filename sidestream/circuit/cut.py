@@ -9,9 +9,8 @@ what differs is refused. Parameters are shared with the model, not copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from sidestream.circuit import alias
 from sidestream.circuit.balance import balanced
 from sidestream.circuit.gate import GATE, ONE_CUT
 from sidestream.circuit.inference_tensors import usual_tensors
-from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, weigh
+from sidestream.circuit.measure import Costs, NodeRecord, crossing_bytes, own_copies, record, weigh
 from sidestream.circuit.memory import Snapshot, kept
 from sidestream.circuit.names import check_allowed, named_boundaries
 from sidestream.circuit.parts import Parts, verified_stream
-from sidestream.circuit.slice import slice_chain
 from sidestream.circuit.stage import Stages
+from sidestream.circuit.streaming import cut_chain
 from sidestream.circuit.trace import Traced, plain_model, trace_around, trace_exported
 from sidestream.circuit.verify import Stream, Verifier, check_of
 from sidestream.errors import CutError
@@ -81,11 +80,11 @@ def cut(
     )  # arguments that are one tensor are told apart
     with ONE_CUT, torch.inference_mode(False), usual_tensors(model) as replaced, kept(model) as before:
         if isinstance(model, Chain):
-            stages, links, in_spec, out_spec = slice_chain(
+            verifier = Verifier(model, own_args, own_kwargs, before, how, stream=Stream(model))
+            stages = cut_chain(
                 model, own_args, own_kwargs, names=names, num_stages=num_stages, costs=costs, num_workers=num_workers
             )
-            verifier = Verifier(model, own_args, own_kwargs, before, how, stream=Stream(model))
-            result = verified_stream(Stages(stages, links, in_spec, out_spec), verifier)
+            result = verified_stream(stages, verifier)
         else:
             verifier = Verifier(model, own_args, own_kwargs, before, how)
             result = _cut_graph(verifier, names, (num_stages, costs, num_workers))
@@ -129,7 +128,7 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     graph, weights = traced.module.graph, weigh(traced.module, traced.leaves, costs)
     forbidden = alias.forbidden_cuts(graph, records)
     if names is None:
-        crossings = _crossing_bytes(graph, records)
+        crossings = crossing_bytes(graph, records, graph.find_nodes(op="placeholder"))
         boundaries = balanced(weights, crossings, num_stages, num_workers=num_workers, forbidden=forbidden)
     else:
         boundaries = named_boundaries(graph, model, names)
@@ -175,17 +174,3 @@ def _untangled(traced: Traced, model: nn.Module, names: tuple[str, ...] | None) 
     if alias.copy_answers(graph, records) or changed:
         records = record(module, traced.leaves)
     return records
-
-
-def _crossing_bytes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> list[float]:
-    """Bytes that a cut before each call node would carry: all that is made before it and read from there on."""
-    calls = alias.call_nodes(graph)
-    position = {node: n for n, node in enumerate(calls)} | {graph.find_nodes(op="output")[0]: len(calls)}
-    change = [0] * (len(calls) + 2)
-    for node in [*graph.find_nodes(op="placeholder"), *calls]:
-        last = max((position[user] for user in node.users), default=-1)
-        first = position.get(node, -1) + 1
-        if last >= first:
-            change[first] += records[node].num_bytes
-            change[last + 1] -= records[node].num_bytes
-    return [float(total) for total in accumulate(change[: len(calls)])]
