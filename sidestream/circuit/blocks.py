@@ -162,12 +162,11 @@ def _weigh(blocks: Sequence[Block], costs: Costs, plain: dict[str, Steppable]) -
             raise CutError(
                 f"{len(costs)} costs were given for {len(plain)} layers, or {count} layers and nodes; give one for each"
             )
-        given = iter(map(float, costs))
+        numbers = iter(costs)
         for block in blocks:
-            block.weights = [next(given) for _ in range(block.num_units)]
+            block.weights = [float(next(numbers)) for _ in range(block.num_units)]
         return
-    if costs != "measured":
-        given = iter(weights_of(names, costs))
+    given = iter(() if costs == "measured" else weights_of(names, costs))
     for block in blocks:
         if block.segment is not None:
             block.weights = block.segment.seconds()

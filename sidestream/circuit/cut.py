@@ -21,10 +21,11 @@ from sidestream.circuit import alias
 from sidestream.circuit.balance import balanced
 from sidestream.circuit.gate import GATE, ONE_CUT
 from sidestream.circuit.inference_tensors import usual_tensors
-from sidestream.circuit.measure import Costs, NodeRecord, crossing_bytes, own_copies, record, weigh
+from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, weigh
 from sidestream.circuit.memory import Snapshot, kept
 from sidestream.circuit.names import check_allowed, named_boundaries
 from sidestream.circuit.parts import Parts, verified_stream
+from sidestream.circuit.split import crossing_bytes
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.streaming import cut_chain
 from sidestream.circuit.trace import Traced, plain_model, trace_around, trace_exported
@@ -57,14 +58,16 @@ def cut(
     ``num_stages``: a number, or "auto" for as many as keep ``num_workers`` (default: the machine's processors) busy.
     ``cut``: dotted names of modules in the order in which they run; a stage begins at the first operation of each.
     ``input_spec``: what ``run`` prepares frames with; default: the model's own, where it was made by name.
-    ``costs``: "measured" (seconds on one thread), "parameters", "flops", "uniform", or one number per node.
+    ``costs``: "measured" (seconds on one thread), "parameters", "flops", "uniform", or one number per node (of a
+    ``Chain``: per layer, or per node and layer kept whole).
     ``check``: how the stages are compared with the model: "full" (three frames in a row that are not the example's,
     four runs of the model, up to eight where it changes attributes, three of the stages), "once" (one frame), "off".
 
-    The model is taken in the mode it is in (call ``eval()`` first to stream it). A ``Chain`` of streaming layers is
-    cut between its layers, and ``example`` is one frame. Raises CutError for what cannot be cut as asked; stages
-    that are fed other shapes or types than the example's raise LayoutError. The model, its
-    buffers and attributes, and the random generators are afterwards as they were.
+    The model is taken in the mode it is in (call ``eval()`` first to stream it). For a ``Chain`` of streaming layers
+    ``example`` is one frame; it is cut between its layers and, in eval mode, inside of those that work alike in every
+    tick (encoders, residual bodies, the clip model behind a sliding window); each state stays in one stage.
+    Raises CutError for what cannot be cut as asked; stages that are fed other shapes or types than the example's raise
+    LayoutError. The model, its buffers and attributes, and the random generators are afterwards as they were.
     """
     info = info_of(model)
     model, how = plain_model(model), check_of(check)
@@ -134,7 +137,8 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
         boundaries = named_boundaries(graph, model, names)
         check_allowed(names, boundaries, forbidden)
     parts = Parts(traced, model, records, verifier.steers_gradients, verifier.moving)
-    return parts.verified(parts.stages(boundaries, weights if costs == "measured" else None), boundaries, verifier)
+    stages = parts.stages(boundaries, weights if costs == "measured" else None, weights)
+    return parts.verified(stages, boundaries, verifier)
 
 
 def _check_answer(traced: Traced, model: nn.Module) -> None:

@@ -120,9 +120,9 @@ def _into(fine: Stages, targets: range) -> list[Link]:
 
 def _row(fine: Stages, row: range, inputs: dict[Place, int], outputs: list[Place]) -> Stage:
     parts = tuple(fine[part - 1] for part in row)
-    if len(parts) == 1 and len(outputs) == parts[0].num_outputs and len(inputs) == parts[0].num_inputs:
-        if outputs == sorted(outputs):
-            return parts[0]
+    is_whole = len(outputs) == parts[0].num_outputs and len(inputs) == parts[0].num_inputs
+    if len(parts) == 1 and is_whole and outputs == sorted(outputs):
+        return parts[0]
     inside = {part: number for number, part in enumerate(row, start=1)}
 
     def place(at: Place) -> Place:

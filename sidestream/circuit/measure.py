@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -125,20 +124,6 @@ def given_costs(costs: Sequence[float], num_items: int) -> list[float]:
     if len(costs) != num_items:
         raise CutError(f"{len(costs)} costs were given for {num_items} nodes or layers; give one for each")
     return [float(cost) for cost in costs]
-
-
-def crossing_bytes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord], inputs: Sequence[fx.Node]) -> list[float]:
-    """Bytes that a cut before each call node would carry: all that is made before it and read from there on."""
-    calls = [node for node in graph.nodes if node.op in CALLS]
-    position = {node: n for n, node in enumerate(calls)} | {graph.find_nodes(op="output")[0]: len(calls)}
-    change = [0] * (len(calls) + 2)
-    for node in [*inputs, *calls]:
-        last = max((position[user] for user in node.users), default=-1)
-        first = position.get(node, -1) + 1
-        if last >= first:
-            change[first] += records[node].num_bytes
-            change[last + 1] -= records[node].num_bytes
-    return [float(total) for total in accumulate(change[: len(calls)])]
 
 
 def num_bytes(value: Any) -> int:

@@ -35,15 +35,18 @@ class Parts:
     moving: frozenset[str] = frozenset()
     """Attributes that forward itself assigns."""
 
-    def stages(self, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
-        """The stages that begin at ``boundaries``."""
+    def stages(
+        self, boundaries: Sequence[int], seconds: Sequence[float] | None, weights: Sequence[float] | None = None
+    ) -> Stages:
+        """The stages that begin at ``boundaries``. ``seconds``, ``weights``: of each node."""
         traced = self.traced
         pieces, links = split(traced.module, boundaries)
         leaves = dict(zip(traced.module.graph.find_nodes(op="placeholder"), traced.leaves))
         stages = []
         for number, (piece, start) in enumerate(zip(pieces, [0, *boundaries]), start=1):
-            cost = None if seconds is None else sum(seconds[start : start + len(piece.nodes)])
-            stages.append(self._stage(number, piece, leaves, cost))
+            own = slice(start, start + len(piece.nodes))
+            stage = self._stage(number, piece, leaves, None if seconds is None else sum(seconds[own]))
+            stages.append(replace(stage, unit_costs=None if weights is None else tuple(weights[own])))
         return Stages(tuple(stages), tuple(links), traced.in_spec, traced.out_spec)
 
     def _stage(self, number: int, piece: Piece, leaves: Mapping[fx.Node, Any], cost_seconds: float | None) -> Stage:

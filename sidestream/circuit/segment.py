@@ -18,9 +18,9 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
-from sidestream.circuit.measure import NodeRecord, crossing_bytes, num_bytes, record, weigh
+from sidestream.circuit.measure import NodeRecord, num_bytes, record, weigh
 from sidestream.circuit.parts import Parts
-from sidestream.circuit.split import module_path
+from sidestream.circuit.split import crossing_bytes, module_path
 from sidestream.circuit.stage import NOTHING, SOURCE, Link, Stage, Stages, State, Values
 from sidestream.circuit.trace import Traced, trace_exported
 from sidestream.errors import CutError

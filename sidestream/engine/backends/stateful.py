@@ -4,10 +4,10 @@
     program    (inputs, tensors of the state) -> (outputs, tensors of the next state)
 
 A state is tensors and fixed things (counters, None, how many frames wait). While only the tensors change, the program
-is the same; where the fixed things or the shapes change from tick to tick (a layer with a temporal stride counts), there
-is one program for each kind of tick. Which kinds there are is found by running the stages in eager, frame after frame,
-until they come again; the ticks before that (a window that fills up) and what is owed at the end run in eager. The
-state stays the same value as in eager, so it can be read, kept and handed from one back end to another.
+is the same; where the fixed things or the shapes change from tick to tick (a layer with a temporal stride counts),
+there is one program for each kind of tick. Which kinds there are is found by running the stages in eager, frame after
+frame, until they come again; the ticks before that (a window that fills up) and what is owed at the end run in eager.
+The state stays the same value as in eager, so it can be read, kept and handed from one back end to another.
 """
 
 from __future__ import annotations
