@@ -73,7 +73,7 @@ def compile_stages(
     if backend == "eager":
         return stages.with_stages(tuple(chosen.compile_stage(stage, options) for stage in stages))
     done: list[Stage] = []
-    ticks = ticks_of(stages, backend) if stages.example is not None and any(map(needs_ticks, stages)) else None
+    ticks = ticks_of(stages) if stages.example is not None and any(map(needs_ticks, stages)) else None
     for number, stage in enumerate(stages, start=1):
         if on_progress:
             on_progress(len(done), len(stages), stage.name)

@@ -27,8 +27,7 @@ from sidestream.circuit.segment import PieceStep, shapes_of
 from sidestream.circuit.slice import ChainStep
 from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values
 from sidestream.circuit.verify import perturbed
-from sidestream.engine.backends.tensors import BackendOptions
-from sidestream.errors import BackendError
+from sidestream.engine.backends.tensors import BackendOptions, cannot
 
 MOST_TICKS = 256
 """Beside twice the period: until a state has settled."""
@@ -94,17 +93,26 @@ def _shape(value: Any) -> Any:
 
 def programmed(
     stage: Stage,
-    ticks: Sequence[Ticks],
+    ticks: Sequence[Ticks] | None,
     compile_stage: Callable[[Stage, BackendOptions], Stage],
     options: BackendOptions,
     backend: str,
 ) -> Stage:
     """The stage with every part on ``backend``. Raises BackendError."""
-    parts = [_part_on(each, compile_stage, options, backend) for each in ticks]
-    if isinstance(stage.step, RowStep):
-        row = replace(stage.step, parts=tuple(parts))
-        return replace(stage, step=row, guard=row.guard, backend=backend)
-    return replace(parts[0], backend=backend)
+    if ticks is None:
+        raise cannot(stage.name, backend, "its state still changes its shapes after many frames: it grows, or counts")
+    return _with_parts(stage, [_part_on(each, compile_stage, options, backend) for each in ticks], backend)
+
+
+def _with_parts(stage: Stage, parts: Sequence[Stage], backend: str) -> Stage:
+    if not isinstance(stage.step, RowStep):
+        return replace(parts[0], backend=backend)
+
+    def twin() -> Stage:
+        return _with_parts(stage, [part.twin() for part in parts], backend)
+
+    row = replace(stage.step, parts=tuple(parts))
+    return replace(stage, step=row, guard=row.guard, copy=twin, backend=backend)
 
 
 def _part_on(
@@ -112,8 +120,9 @@ def _part_on(
 ) -> Stage:
     part = ticks.part
     if not part.is_stateful and not isinstance(part.step, ChainStep):
-        converted = compile_stage(part, options)
-        return replace(converted, step=ProgramStep({}, converted.step, part.num_outputs))
+        return _idle_on_nothing(compile_stage(part, options))
+    if not isinstance(part.module, nn.Module):
+        raise cannot(part.name, backend, "it has no nn.Module behind it that could be exported")
     programs, guards = {}, []
     for kind, (inputs, state) in ticks.kinds.items():
         program = compile_stage(_flat(part, inputs, state), options)
@@ -128,6 +137,15 @@ def _part_on(
 
     step = ProgramStep(programs, part.step, part.num_outputs)
     return replace(part, step=step, guard=guard, backend=backend, copy=None)
+
+
+def _idle_on_nothing(part: Stage) -> Stage:
+    """A converted part without state: the same program in every tick that reaches it."""
+
+    def twin() -> Stage:
+        return _idle_on_nothing(part.twin())
+
+    return replace(part, step=ProgramStep({}, part.step, part.num_outputs), copy=twin)
 
 
 def _flat(part: Stage, inputs: Values, state: State) -> Stage:
@@ -164,59 +182,62 @@ def _unflattened(step: Any, num_outputs: int, spec: pytree.TreeSpec) -> Callable
     return run
 
 
-def ticks_of(stages: Stages, backend: str) -> list[list[Ticks]]:
-    """For each stage and part: the kinds of its ticks, once the stream is under way. Runs the stages in eager."""
-    assert stages.example is not None
+def ticks_of(stages: Stages) -> list[list[Ticks] | None]:
+    """For each stage and part: the kinds of its ticks, once the stream is under way; None for a stage whose ticks never
+    come again. Runs the stages in eager."""
     period = math.lcm(*(stage.period_ticks for stage in stages))
-    seen: list[list[dict[Kind, tuple[Values, State]]]] = []  # per tick, part by part
-    rows = [_Watched(stage) for stage in stages]
-    state = [row.stage.begin() for row in rows]
-    watched = stages.with_stages(tuple(row.stage for row in rows))
-    started, cycle = time.perf_counter(), None
+    stream, started = _Stream(stages), time.perf_counter()
     with torch.inference_mode():
-        while cycle is None:
-            args, kwargs = perturbed(stages.example, seed=len(seen))
-            values: dict[tuple[int, int], Any] = {
-                (SOURCE, n): leaf for n, leaf in enumerate(pytree.tree_leaves((args, kwargs)))
-            }
-            for number, stage in enumerate(watched, start=1):
-                inputs = stages.inputs_of(values, number)
-                if any(value is NOTHING for value in inputs):
-                    outputs: Values = (NOTHING,) * stage.num_outputs
-                else:
-                    outputs, state[number - 1] = stage.step(inputs, state[number - 1])
-                values |= {(number, n): value for n, value in enumerate(outputs)}
-            seen.append([kinds for row in rows for kinds in row.taken()])
-            cycle = _cycle(seen, period)
-            if cycle is None and (len(seen) > MOST_TICKS + 2 * period or time.perf_counter() - started > MOST_SECONDS):
-                raise BackendError(
-                    f"the back end {backend!r} cannot run {stages.name!r}: after {len(seen)} frames its state still "
-                    "changes its shapes (it grows with the stream); use the back end 'eager'"
-                )
-    flat: list[dict[Kind, tuple[Values, State]]] = [{} for _ in seen[-1]]
-    for tick in seen[-cycle:]:
-        for kinds, now in zip(flat, tick):
-            kinds |= now
-    found = iter(flat)
-    return [[Ticks(part, next(found)) for part in row.parts] for row in rows]
+        while (cycle := _cycle(stream.seen, period)) is None:
+            if len(stream.seen) > MOST_TICKS + 2 * period or time.perf_counter() - started > MOST_SECONDS:
+                break
+            stream.tick()
+        cycles = [_cycle([tick[n] for tick in stream.seen], period) for n in range(len(stages))]
+        for _ in range(cycle or max(filter(None, cycles), default=0)):
+            stream.tick(keeps=True)
+    return [None if own is None else row.ticks for row, own in zip(stream.rows, cycles)]
 
 
-def _cycle(seen: Sequence[Sequence[dict[Kind, Any]]], period: int) -> int | None:
+def _cycle(seen: Sequence[Any], period: int) -> int | None:
     """The number of ticks after which all kinds came again, in the latest two rounds; None: not yet."""
     for length in range(period, period * MOST_PERIODS + 1, period):
-        rounds = [[[kinds.keys() for kinds in tick] for tick in seen[-n * length :]][:length] for n in (1, 2)]
-        if len(seen) >= 2 * length and rounds[0] == rounds[1]:
+        if len(seen) >= 2 * length and seen[-2 * length : -length] == seen[-length:]:
             return length
     return None
+
+
+class _Stream:
+    """Frame after frame through the stages, in eager."""
+
+    def __init__(self, stages: Stages) -> None:
+        assert stages.example is not None
+        self.rows = [_Watched(stage) for stage in stages]
+        self.seen: list[list[list[set[Kind]]]] = []
+        """Per tick, stage by stage, part by part."""
+        self._stages, self._state = stages, [row.stage.begin() for row in self.rows]
+
+    def tick(self, *, keeps: bool = False) -> None:
+        """One frame. ``keeps``: what each part was given is an example of its kind of tick."""
+        assert self._stages.example is not None
+        frame = perturbed(self._stages.example, seed=len(self.seen))
+        values: dict[tuple[int, int], Any] = {(SOURCE, n): leaf for n, leaf in enumerate(pytree.tree_leaves(frame))}
+        for number, row in enumerate(self.rows, start=1):
+            inputs = self._stages.inputs_of(values, number)
+            outputs: Values = (NOTHING,) * row.stage.num_outputs
+            if not any(value is NOTHING for value in inputs):
+                outputs, self._state[number - 1] = row.stage.step(inputs, self._state[number - 1])
+            values |= {(number, n): value for n, value in enumerate(outputs)}
+        self.seen.append([row.taken(keeps) for row in self.rows])
 
 
 class _Watched:
     """A stage whose parts note the kind of every tick."""
 
     def __init__(self, stage: Stage) -> None:
-        self.parts = stage.step.parts if isinstance(stage.step, RowStep) else (stage,)
-        self._kinds: list[dict[Kind, tuple[Values, State]]] = [{} for _ in self.parts]
-        noted = [self._noted(n, part) for n, part in enumerate(self.parts)]
+        parts = stage.step.parts if isinstance(stage.step, RowStep) else (stage,)
+        self.ticks = [Ticks(part, {}) for part in parts]
+        self._now: list[dict[Kind, tuple[Values, State]]] = [{} for _ in parts]
+        noted = [self._noted(n, part) for n, part in enumerate(parts)]
         if isinstance(stage.step, RowStep):
             self.stage = replace(stage, step=replace(stage.step, parts=tuple(noted)))
         else:
@@ -224,14 +245,17 @@ class _Watched:
 
     def _noted(self, n: int, part: Stage) -> Stage:
         def step(inputs: Values, state: State) -> tuple[Values, State]:
-            self._kinds[n][kind_of(inputs, state)] = (inputs, state)
+            self._now[n][kind_of(inputs, state)] = inputs, state
             return part.step(inputs, state)
 
         return replace(part, step=step)
 
-    def taken(self) -> list[dict[Kind, tuple[Values, State]]]:
-        taken, self._kinds = self._kinds, [{} for _ in self.parts]
-        return taken
+    def taken(self, keeps: bool) -> list[set[Kind]]:
+        """The kinds of a tick, part by part."""
+        taken, self._now = self._now, [{} for _ in self._now]
+        for ticks, kinds in zip(self.ticks, taken):
+            ticks.kinds.update(kinds if keeps else {})
+        return [set(kinds) for kinds in taken]
 
 
 def needs_ticks(stage: Stage) -> bool:
