@@ -58,7 +58,7 @@ def blocks_of(
     layers = flat_layers(chain, opens=opens) if opens else plain
     values = values_of(layers, frame)
     blocks: list[Block] = []
-    for run in _runs(layers, values, opens=opens):
+    for run in _runs(layers, values, names or (), opens=opens):
         blocks += _opened(chain, layers, values, run, moving if opens else None)
     _weigh(blocks, costs, plain)
     return blocks
@@ -93,14 +93,14 @@ def places_of(chain: Chain, blocks: Sequence[Block], names: Sequence[str]) -> tu
     first: dict[str, int] = {}
     unit, whole = 0, {}
     for block in blocks:
-        for name in block.layers:
-            inner = [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
-            if block.segment is None:
-                whole[name] = type(block.layers[name]).__name__
-            for n, node in enumerate(block.segment.nodes if block.segment else [None]):
-                paths = inner if node is None else [p.removeprefix(f"{ROOT}.") for p in module_paths(node)]
-                for path in paths:
-                    first.setdefault(path, unit + n)
+        name, layer = next(iter(block.layers.items()))
+        for path in _outer(name):
+            first.setdefault(path, unit)
+        if block.segment is None:
+            whole[name] = type(layer).__name__
+        for n, node in enumerate(block.segment.nodes if block.segment else ()):
+            for path in module_paths(node):
+                first.setdefault(path.removeprefix(f"{ROOT}."), unit + n)
         unit += block.num_units
     known = [name for name, _ in chain.named_modules() if name]
     check_names(names, list(dict.fromkeys([*first, *known])))
@@ -116,18 +116,25 @@ def places_of(chain: Chain, blocks: Sequence[Block], names: Sequence[str]) -> tu
 
 def _wants_units(layers: dict[str, Steppable], names: Sequence[str] | None, costs: Costs) -> bool:
     if names is not None:
-        outer = {name.rsplit(".", n)[0] for name in layers for n in range(name.count(".") + 1)}
+        outer = {path for name in layers for path in _outer(name)}
         return any(name not in outer for name in names)
     return costs == "measured" or (not isinstance(costs, str) and len(costs) != len(layers))
 
 
-def _runs(layers: dict[str, Steppable], values: Sequence[Any], *, opens: bool) -> list[list[str]]:
-    """Names of consecutive layers that can be one graph; the others alone."""
+def _outer(name: str) -> list[str]:
+    """A layer's name and those of the chains around it."""
+    return [name.rsplit(".", n)[0] for n in range(name.count(".") + 1)]
+
+
+def _runs(layers: dict[str, Steppable], values: Sequence[Any], names: Sequence[str], *, opens: bool) -> list[list[str]]:
+    """Names of consecutive layers that can be one graph; the others alone. A run ends where a layer or chain of
+    ``names`` begins."""
+    begins = {next((layer for layer in layers if name in _outer(layer)), None) for name in names}
     runs: list[list[str]] = []
     was_open = False
     for n, (name, layer) in enumerate(layers.items()):
         is_graph = opens and is_open(layer, values[n], values[n + 1])
-        if is_graph and was_open:
+        if is_graph and was_open and name not in begins:
             runs[-1].append(name)
         else:
             runs.append([name])

@@ -150,13 +150,18 @@ def _untangled(traced: Traced) -> dict[fx.Node, NodeRecord]:
 def _place_nodes(module: fx.GraphModule) -> None:
     """Nodes of a layer's own arithmetic, which is called by no module, belong to the layer whose weights they read, or
     else to where the node before them belongs."""
-    path = ""
-    for node in alias.call_nodes(module.graph):
-        if not node.meta.get("nn_module_stack"):
-            read = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
-            path = next((name for name in read if name.startswith(f"{ROOT}.")), path)
-            node.meta["nn_module_stack"] = {path: (path, "")} if path else {}
-        path = module_path(node) or path
+    nodes = alias.call_nodes(module.graph)
+    places = [module_path(node) or _owner_of_weights(node) for node in nodes]
+    path = next(filter(None, places), "")
+    for node, place in zip(nodes, places):
+        path = place or path
+        if not module_path(node) and path:
+            node.meta["nn_module_stack"] = {path: (path, "")}
+
+
+def _owner_of_weights(node: fx.Node) -> str:
+    read = [str(n.target).rpartition(".")[0] for n in node.all_input_nodes if n.op == "get_attr"]
+    return next((name for name in read if name.startswith(f"{ROOT}.")), "")
 
 
 def _writes_buffers(traced: Traced, records: Mapping[fx.Node, NodeRecord]) -> bool:

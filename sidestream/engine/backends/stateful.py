@@ -6,8 +6,9 @@
 A state is tensors and fixed things (counters, None, how many frames wait). While only the tensors change, the program
 is the same; where the fixed things or the shapes change from tick to tick (a layer with a temporal stride counts),
 there is one program for each kind of tick. Which kinds there are is found by running the stages in eager, frame after
-frame, until they come again; the ticks before that (a window that fills up) and what is owed at the end run in eager.
-The state stays the same value as in eager, so it can be read, kept and handed from one back end to another.
+frame, until they come again. The ticks before that (a window that fills up), ticks like no other at the end, and those
+that only keep a frame for later run in eager. The state stays the same value as in eager, so it can be read, kept and
+handed from one back end to another.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from sidestream.circuit.segment import PieceStep, shapes_of
 from sidestream.circuit.slice import ChainStep
 from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values
 from sidestream.circuit.verify import perturbed
+from sidestream.engine.backends.operators import only_moves
 from sidestream.engine.backends.tensors import BackendOptions, cannot
 
 MOST_TICKS = 256
@@ -123,8 +126,11 @@ def _part_on(
         return _idle_on_nothing(compile_stage(part, options))
     if not isinstance(part.module, nn.Module):
         raise cannot(part.name, backend, "it has no nn.Module behind it that could be exported")
-    programs, guards = {}, []
+    programs, guards = {}, [part.guard]
     for kind, (inputs, state) in ticks.kinds.items():
+        if only_moves(partial(part.step, inputs, state)):
+            programs[kind] = part.step
+            continue
         program = compile_stage(_flat(part, inputs, state), options)
         after_spec = _spec_after(part, inputs, state)
         programs[kind] = _unflattened(program.step, part.num_outputs, after_spec)
@@ -166,7 +172,6 @@ def _flat(part: Stage, inputs: Values, state: State) -> Stage:
         num_outputs=part.num_outputs + num_after,
         module=module,
         example_inputs=(*inputs, *leaves),
-        guard=part.guard,
     )
 
 
