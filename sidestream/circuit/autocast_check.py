@@ -30,7 +30,8 @@ def autocast_mode() -> Mode:
 class AutocastCheck:
     """A guard: calls ``before``; CircuitError where the stages are not the model under the autocast of the caller.
 
-    ``call`` answers one frame as the model does; ``run`` gives the stages' answers to several in a row.
+    ``run`` gives the stages' answers to several frames in a row; ``begin`` what answers one frame after the other as
+    the model does, where that is not the model itself.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class AutocastCheck:
         run: Callable[[Sequence[Any]], Iterator[Any]],
         probes: Sequence[Any],
         before: Callable[[], None] | None,
+        begin: Callable[[], Callable[..., Any]] | None = None,
     ) -> None:
         self._model, self._run, self._probes, self._before = model, run, tuple(probes), before
+        self._begin = begin or (lambda: model)
         self._fine = {autocast_mode()}
 
     def __call__(self) -> None:
@@ -62,7 +65,8 @@ class AutocastCheck:
         with kept(self._model) as state:
             try:
                 with torch.inference_mode(not self._model.training):
-                    wanted = [_copied(self._model(*args, **kwargs)) for args, kwargs in self._probes]
+                    call = self._begin()
+                    wanted = [_copied(call(*args, **kwargs)) for args, kwargs in self._probes]
                 state.restore()
                 return all(map(same, wanted, map(_copied, self._run(self._probes))))
             except SidestreamError:

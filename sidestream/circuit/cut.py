@@ -9,9 +9,8 @@ what differs is refused. Parameters are shared with the model, not copied.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,8 +26,10 @@ from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, we
 from sidestream.circuit.memory import Snapshot, kept
 from sidestream.circuit.names import check_allowed, named_boundaries
 from sidestream.circuit.parts import Parts, verified_stream
-from sidestream.circuit.slice import slice_chain
+from sidestream.circuit.segment import Found
+from sidestream.circuit.split import crossing_bytes
 from sidestream.circuit.stage import Stages
+from sidestream.circuit.streaming import cut_chain
 from sidestream.circuit.trace import Traced, plain_model, trace_around, trace_exported
 from sidestream.circuit.verify import Verifier
 from sidestream.errors import CutError
@@ -59,14 +60,16 @@ def cut(
     ``num_stages``: a number, or "auto" for as many as keep ``num_workers`` (default: the machine's processors) busy.
     ``cut``: dotted names of modules in the order in which they run; a stage begins at the first operation of each.
     ``input_spec``: what ``run`` prepares frames with; default: the model's own, where it was made by name.
-    ``costs``: "measured" (seconds on one thread), "parameters", "flops", "uniform", or one number per node.
+    ``costs``: "measured" (seconds on one thread), "parameters", "flops", "uniform", or one number per node (of a
+    ``Chain``: per layer, or per node and layer kept whole).
     ``check``: how the stages are compared with the model: "full" (three frames in a row that are not the example's,
     four runs of the model, up to eight where it changes attributes, three of the stages), "once" (one frame), "off".
 
-    The model is taken in the mode it is in (call ``eval()`` first to stream it). A ``Chain`` of streaming layers is
-    cut between its layers, and ``example`` is one frame. Raises CutError for what cannot be cut as asked; stages
-    that are fed other shapes or types than the example's raise LayoutError. The model, its
-    buffers and attributes, and the random generators are afterwards as they were.
+    The model is taken in the mode it is in (call ``eval()`` first to stream it). For a ``Chain`` of streaming layers
+    ``example`` is one frame; it is cut between its layers and, in eval mode, inside of those that work alike in every
+    tick (encoders, residual bodies, the clip model behind a sliding window); each state stays in one stage.
+    Raises CutError for what cannot be cut as asked; stages that are fed other shapes or types than the example's raise
+    LayoutError. The model, its buffers and attributes, and the random generators are afterwards as they were.
     """
     info = info_of(model)
     model, how = plain_model(model), check_of(check)
@@ -82,11 +85,19 @@ def cut(
     )  # arguments that are one tensor are told apart
     with ONE_CUT, torch.inference_mode(False), usual_tensors(model) as replaced, kept(model) as before:
         if isinstance(model, Chain):
-            stages, links, in_spec, out_spec = slice_chain(
-                model, own_args, own_kwargs, names=names, num_stages=num_stages, costs=costs, num_workers=num_workers
-            )
             verifier = Verifier(model, own_args, own_kwargs, before, how, stream=Stream(model))
-            result = verified_stream(Stages(stages, links, in_spec, out_spec), verifier)
+            verifier.look()
+            stages = cut_chain(
+                model,
+                own_args,
+                own_kwargs,
+                names=names,
+                num_stages=num_stages,
+                costs=costs,
+                num_workers=num_workers,
+                found=Found(verifier.moving, verifier.keeps_weights, tuple(verifier.before.fixed)),
+            )
+            result = verified_stream(stages, verifier)
         else:
             verifier = Verifier(model, own_args, own_kwargs, before, how)
             result = _cut_graph(verifier, names, (num_stages, costs, num_workers))
@@ -130,7 +141,7 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     graph, weights = traced.module.graph, weigh(traced.module, traced.leaves, costs)
     forbidden = alias.forbidden_cuts(graph, records)
     if names is None:
-        crossings = _crossing_bytes(graph, records)
+        crossings = crossing_bytes(graph, records, graph.find_nodes(op="placeholder"))
         boundaries = balanced(weights, crossings, num_stages, num_workers=num_workers, forbidden=forbidden)
     else:
         boundaries = named_boundaries(graph, model, names)
@@ -138,7 +149,8 @@ def _cut_graph(verifier: Verifier, names: tuple[str, ...] | None, wanted: tuple[
     before, is_kept = verifier.before, verifier.keeps_weights
     steers, moving = verifier.steers_gradients, verifier.moving
     parts = Parts(traced, model, records, steers, moving, is_kept, before.aliases, tuple(before.fixed))
-    return parts.verified(parts.stages(boundaries, weights if costs == "measured" else None), boundaries, verifier)
+    stages = parts.stages(boundaries, weights if costs == "measured" else None, weights)
+    return parts.verified(stages, boundaries, verifier)
 
 
 def _check_answer(traced: Traced, model: nn.Module) -> None:
@@ -178,17 +190,3 @@ def _untangled(traced: Traced, model: nn.Module, names: tuple[str, ...] | None) 
     if alias.copy_answers(graph, records) or changed:
         records = record(module, traced.leaves)
     return records
-
-
-def _crossing_bytes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord]) -> list[float]:
-    """Bytes that a cut before each call node would carry: all that is made before it and read from there on."""
-    calls = alias.call_nodes(graph)
-    position = {node: n for n, node in enumerate(calls)} | {graph.find_nodes(op="output")[0]: len(calls)}
-    change = [0] * (len(calls) + 2)
-    for node in [*graph.find_nodes(op="placeholder"), *calls]:
-        last = max((position[user] for user in node.users), default=-1)
-        first = position.get(node, -1) + 1
-        if last >= first:
-            change[first] += records[node].num_bytes
-            change[last + 1] -= records[node].num_bytes
-    return [float(total) for total in accumulate(change[: len(calls)])]

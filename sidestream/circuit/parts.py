@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
 from sidestream.circuit.autocast_check import AutocastCheck
+from sidestream.circuit.calls import Stream
 from sidestream.circuit.difference import first_difference
 from sidestream.circuit.freshness import guard_of
 from sidestream.circuit.hidden import Watched
@@ -42,15 +43,18 @@ class Parts:
     fixed: tuple[tuple[str, Any, Any], ...] = ()
     """Plain values of globals and classes that the model's code reads: path, table, key."""
 
-    def stages(self, boundaries: Sequence[int], seconds: Sequence[float] | None) -> Stages:
-        """The stages that begin at ``boundaries``."""
+    def stages(
+        self, boundaries: Sequence[int], seconds: Sequence[float] | None, weights: Sequence[float] | None = None
+    ) -> Stages:
+        """The stages that begin at ``boundaries``. ``seconds``, ``weights``: of each node."""
         traced = self.traced
         pieces, links = split(traced.module, boundaries)
         leaves = dict(zip(traced.module.graph.find_nodes(op="placeholder"), traced.leaves))
         stages = []
         for number, (piece, start) in enumerate(zip(pieces, [0, *boundaries]), start=1):
-            cost = None if seconds is None else sum(seconds[start : start + len(piece.nodes)])
-            stages.append(self._stage(number, piece, leaves, cost))
+            own = slice(start, start + len(piece.nodes))
+            stage = self._stage(number, piece, leaves, None if seconds is None else sum(seconds[own]))
+            stages.append(replace(stage, unit_costs=None if weights is None else tuple(weights[own])))
         return Stages(tuple(stages), tuple(links), traced.in_spec, traced.out_spec)
 
     def _stage(self, number: int, piece: Piece, leaves: Mapping[fx.Node, Any], cost_seconds: float | None) -> Stage:
@@ -157,12 +161,21 @@ _NO_GRADIENTS = (
 
 def verified_stream(stages: Stages, verifier: Verifier) -> Stages:
     """The stages of a Chain, compared with it; what its layers keep in buffers is declared."""
-    verifier.look()
     watched = [Watched(stage) for stage in stages]
     watching = stages.with_stages(tuple(w.watching() for w in watched))
     is_training = verifier.model.training
     verifier.compare(lambda probes: _run_in_a_row(watching, probes, is_training), lambda probe: "an unknown stage")
-    return stages.with_stages(tuple(w.declared() for w in watched))
+    declared = stages.with_stages(tuple(w.declared() for w in watched))
+    if all(stage.guard is None for stage in declared):  # its layers run as they are, in any mode
+        return declared
+    check = AutocastCheck(
+        verifier.model,
+        lambda probes: _run_in_a_row(declared, probes, is_training),
+        verifier.probes,
+        declared[0].guard,
+        lambda: Stream(verifier.stream.layer),  # type: ignore[union-attr]
+    )
+    return declared.with_stages((replace(declared[0], guard=check), *declared[1:]))
 
 
 def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> Iterator[Any]:

@@ -1,62 +1,19 @@
-"""A Chain of streaming layers in stages: cut between layers, each stage with the state of its own layers."""
+"""Layers of a Chain that run as they are, one behind the other, as one stage with their states."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
-from sidestream.circuit.balance import balanced
-from sidestream.circuit.chain_costs import seconds_of, weights_of
-from sidestream.circuit.measure import Costs, num_bytes
-from sidestream.circuit.names import check_names, check_order
-from sidestream.circuit.stage import NOTHING, Link, Stage, State, Values
-from sidestream.errors import CutError, LayoutError
-from sidestream.models.info import info_of
+from sidestream.circuit.measure import num_bytes
+from sidestream.circuit.stage import NOTHING, Stage, State, Values
+from sidestream.errors import LayoutError
 from sidestream.nn.combine import Chain
-from sidestream.nn.sliding import SlidingWindow
 from sidestream.nn.steppable import Steppable
-from sidestream.report.words import counted
-
-Sliced = tuple[tuple[Stage, ...], tuple[Link, ...], pytree.TreeSpec, pytree.TreeSpec]
-
-
-def slice_chain(
-    chain: Chain,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    names: tuple[str, ...] | None,
-    num_stages: int | str,
-    costs: Costs,
-    num_workers: int,
-) -> Sliced:
-    """Stages, links, and the structures of input and answer. The example is one frame."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
-        raise CutError("a Chain is cut with one frame as the example: cut(chain, frame_BCHW)")
-    layers = dict(_flat_layers(chain))
-    _check_places(layers, num_stages)
-    values = _values(layers.values(), args[0])
-    seconds = seconds_of(layers.values(), values) if costs == "measured" else None
-    weights = seconds if seconds is not None else weights_of(layers, costs)
-    if names is None:
-        crossings = [float(num_bytes(value)) for value in values[:-1]]
-        boundaries = balanced(weights, crossings, num_stages, num_workers=num_workers)
-    else:
-        boundaries = _named(tuple(layers), names)
-    starts, stages = [0, *boundaries], []
-    for start, end in zip(starts, [*boundaries, len(layers)]):
-        part = dict(list(layers.items())[start:end])
-        cost_seconds = None if seconds is None else sum(seconds[start:end])
-        stage = _stage(part, values[start : end + 1], cost_seconds, is_first=start == 0)
-        so_far = Chain(*list(layers.values())[:end])
-        stages.append(replace(stage, delay_ticks=so_far.delay_ticks, period_ticks=so_far.period_ticks))
-    in_spec, out_spec = pytree.tree_structure((args, kwargs)), pytree.tree_structure(values[-1])
-    return tuple(stages), _links(stages), in_spec, out_spec
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +81,9 @@ class ChainFinish:
             return [tuple(pytree.tree_leaves(answer)) for answer in self.chain.finish(state)]
 
 
-def _stage(layers: dict[str, Steppable], values: Sequence[Any], cost_seconds: float | None, *, is_first: bool) -> Stage:
+def stage_of_layers(
+    layers: dict[str, Steppable], values: Sequence[Any], cost_seconds: float | None, *, is_first: bool
+) -> Stage:
     """``values``: what goes into each layer, and the answer of the last."""
     chain, names = Chain(*layers.values()), list(layers)
     chain.training = all(layer.training for layer in layers.values())  # the flag only: the layers are the user's
@@ -152,51 +111,3 @@ def _stage(layers: dict[str, Steppable], values: Sequence[Any], cost_seconds: fl
 def _blank(value: Any) -> Blank:
     leaves, spec = pytree.tree_flatten(value)
     return spec, tuple((x.shape, x.dtype, x.device) for x in leaves)
-
-
-def _check_places(layers: dict[str, Steppable], num_stages: int | str) -> None:
-    """Refuse more stages than layers before anything is measured."""
-    if not isinstance(num_stages, int) or num_stages <= len(layers):
-        return
-    windows = [layer.model for layer in layers.values() if isinstance(layer, SlidingWindow)]
-    why = f": {_name_of(windows[0])} has no exact step form and stays whole, behind a sliding window" if windows else ""
-    raise CutError(
-        f"the model has {counted(len(layers), 'place')} where a stage can begin, too few for {num_stages = }{why}; "
-        f'ask for {len(layers)} at most, or "auto"'
-    )
-
-
-def _name_of(model: nn.Module) -> str:
-    info = info_of(model)
-    return type(model).__name__ if info is None else info.name
-
-
-def _flat_layers(chain: Chain, prefix: str = "") -> list[tuple[str, Steppable]]:
-    """Layers of a chain, chains inside of it opened, with their dotted names."""
-    flat: list[tuple[str, Steppable]] = []
-    for n, layer in enumerate(chain.layers):
-        name = f"{prefix}{n}"
-        flat += _flat_layers(layer, f"{name}.") if isinstance(layer, Chain) else [(name, layer)]
-    return flat
-
-
-def _values(layers: Iterable[Steppable], frame_BCHW: torch.Tensor) -> list[Any]:
-    """What goes into each layer, and the answer; behind the first layer only shapes and types count."""
-    values: list[Any] = [frame_BCHW]
-    for layer in layers:
-        values.append(layer.blank(values[-1]))
-    return values
-
-
-def _named(known: tuple[str, ...], names: tuple[str, ...]) -> tuple[int, ...]:
-    """Where the named layers (or chains inside of the chain) begin."""
-    inner = dict.fromkeys(name.rsplit(".", n)[0] for name in known for n in range(name.count(".") + 1))
-    check_names(names, list(inner))
-    boundaries = [next(n for n, k in enumerate(known) if f"{k}.".startswith(f"{name}.")) for name in names]
-    check_order(names, boundaries)
-    return tuple(boundaries)
-
-
-def _links(stages: Sequence[Stage]) -> tuple[Link, ...]:
-    widths = [stage.num_inputs for stage in stages] + [stages[-1].num_outputs]
-    return tuple(Link(number, n, number + 1, n) for number, width in enumerate(widths) for n in range(width))

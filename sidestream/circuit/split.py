@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import fx
 from torch.fx.node import Argument
 
 from sidestream.circuit import alias
 from sidestream.circuit.alias import call_nodes
+from sidestream.circuit.measure import NodeRecord
 from sidestream.circuit.regions import close_regions
 from sidestream.circuit.stage import SOURCE, Link
 
@@ -44,6 +46,20 @@ def split(module: fx.GraphModule, boundaries: Sequence[int]) -> tuple[list[Piece
         inputs = _inputs(nodes, home, number) or tuple(placeholders[:1])  # so that each stage goes with the frames
         pieces.append(Piece(tuple(nodes), inputs, tuple(outputs)))
     return pieces, _links(pieces, placeholders, answer, home)
+
+
+def crossing_bytes(graph: fx.Graph, records: Mapping[fx.Node, NodeRecord], inputs: Sequence[fx.Node]) -> list[float]:
+    """Bytes that a cut before each call node would carry: all that is made before it and read from there on."""
+    calls = call_nodes(graph)
+    position = {node: n for n, node in enumerate(calls)} | {graph.find_nodes(op="output")[0]: len(calls)}
+    change = [0] * (len(calls) + 2)
+    for node in [*inputs, *calls]:
+        last = max((position[user] for user in node.users), default=-1)
+        first = position.get(node, -1) + 1
+        if last >= first:
+            change[first] += records[node].num_bytes
+            change[last + 1] -= records[node].num_bytes
+    return [float(total) for total in accumulate(change[: len(calls)])]
 
 
 def piece_module(

@@ -48,8 +48,13 @@ class Stage:
     """Frames by which the outputs come later than the frame they belong to, layers before this stage included."""
     period_ticks: int = 1
     """Ticks from one output to the next where layers swallow frames, layers before this stage included."""
+    input_period_ticks: int = 1
+    """Ticks from one input to the next: the temporal strides of the layers before this stage."""
     cost_seconds: float | None = None
-    """Measured time of one step on one thread (the least of a few runs, warm), where known."""
+    """Measured time of one step on one thread (the least of a few runs, warm), where known; of a step that answers,
+    or, in a stage in which parts answer less often than others, of the mean step."""
+    unit_costs: tuple[float, ...] | None = field(default=None, repr=False)
+    """What each node, or layer kept whole, counted for when the boundaries were chosen, where known."""
     output_bytes: tuple[int, ...] | None = None
     """Size of each output for the example, where known: what a register on its wire costs."""
     hides_state: bool = False

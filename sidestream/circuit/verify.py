@@ -214,6 +214,8 @@ class Verifier:
         self._put_buffers_back()
 
     def _put_buffers_back(self) -> None:
+        if self.stream is not None:
+            self.stream.state = None
         buffers = dict(self.model.named_buffers())
         for name, value in self.before.buffers.items():
             if value is not None and name in buffers and not same_leaf(buffers[name], value):

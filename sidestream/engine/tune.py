@@ -123,7 +123,7 @@ class _Search:
     def _compiled(self, stages: Stages, backend: str, executor: str) -> Stages:
         """Stages on ``backend``: whole models with threads inside, those that run side by side with one thread each,
         and rows of stages balanced by what they cost there."""
-        if executor == "threads" and backend != "eager" and not stages.is_stateful:
+        if executor == "threads" and backend != "eager":
             return cut_for_backend(
                 self.model,
                 self.example,

@@ -80,19 +80,20 @@ class CausalTimeSformer(nn.Module):
 class FrameTokens(Steppable):
     """frame_BCHW -> tokens (B, 1 + H * W, D), the class token first, then the patches row by row.
 
-    State: which entry of the embedding of times is next.
+    State: which entry of the embedding of times is next, as a tensor of one number (so that a graph can count it).
     """
 
     def __init__(self, embedding: Embedding) -> None:
         super().__init__()
         self.embedding = embedding
 
-    def init_state(self, frame_BCHW: Tensor) -> int:
-        return 0
+    def init_state(self, frame_BCHW: Tensor) -> Tensor:
+        return torch.zeros(1, dtype=torch.int64, device=frame_BCHW.device)
 
-    def step(self, frame_BCHW: Tensor, state: int) -> tuple[Tensor, int]:
+    def step(self, frame_BCHW: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         times_TD = self.embedding.times_1TD[0]
-        return self._tokens(frame_BCHW.unsqueeze(1), times_TD[state : state + 1])[:, 0], (state + 1) % len(times_TD)
+        tokens_BTND = self._tokens(frame_BCHW.unsqueeze(1), times_TD.index_select(0, state))
+        return tokens_BTND[:, 0], (state + 1) % len(times_TD)
 
     def forward(self, clip_BTCHW: Tensor) -> Tensor:
         times_TD = self.embedding.times_1TD[0]

@@ -340,11 +340,14 @@ def test_what_cannot_be_converted_may_stay_in_eager(caplog: pytest.LogCaptureFix
     assert "layer9" in caplog.text
 
 
-def test_a_stage_with_state_stays_in_eager(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stage_with_state_but_no_stream_to_try_is_refused_or_stays_in_eager(caplog: pytest.LogCaptureFixture) -> None:
+    """Made by hand, without an example of the whole model; those of a chain are in ``test_backends_stateful``."""
     stage = replace(small_stage("memory"), init_state=lambda: 0)
-    with caplog.at_level(logging.INFO):
-        assert on("openvino", stage) is stage
-    assert "'memory' carries state" in caplog.text
+    with pytest.raises(BackendError, match="cannot run stage 'memory': it carries state"):
+        on("openvino", stage)
+    with caplog.at_level(logging.WARNING):
+        assert on("openvino", stage, on_unsupported="eager") is stage
+    assert "'memory' stays in eager: " in caplog.text
 
 
 def test_a_wrong_conversion_is_refused() -> None:
@@ -413,16 +416,13 @@ def test_a_cut_for_a_back_end_moves_towards_balance(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(rebalance, "timed", pretended)
     monkeypatch.setattr(rebalance, "compile_stages", lambda stages, backend, check: stages)
-    monkeypatch.setattr(rebalance, "weigh", lambda module, leaves, costs: [1.0] * rebalance_nodes(module))
+    cut = rebalance.cut
+    monkeypatch.setattr(rebalance, "cut", lambda *args, **options: cut(*args, **{"costs": "uniform", **options}))
     model, example = nn.Sequential(*layers).eval(), torch.randn(1, 16)
     stages = rebalance.cut_for_backend(model, example, "pretended", num_stages=2, num_workers=2, rounds=4)
     # 25 in all: the best boundary is after seven layers, 13 and 12; an even number of layers gives 5 and 20
     assert [stage.cost_seconds for stage in stages] == [13.0, 12.0]
     assert torch.equal(stages(example), model(example))
-
-
-def rebalance_nodes(module: nn.Module) -> int:
-    return sum(node.op == "call_function" for node in module.graph.nodes)
 
 
 def test_a_real_cut_for_a_back_end_answers_as_the_model() -> None:

@@ -4,6 +4,7 @@ model        every one of our own, and one of each module of torchvision and tim
 stages       numbers of stages
 executor     who runs them
 entrance     how frames come in and answers come out
+backend      what runs the stages of a model with memory (``test_matrix_backends``)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from model_zoo import FOREIGN, OWN
+from model_zoo import FOREIGN, OWN, spec_of
 
 QUICK = [
     "timm/test_efficientnet",
@@ -69,31 +70,6 @@ class Row:
         return EXECUTORS[self.executor]
 
 
-@dataclass(frozen=True)
-class FewPlaces:
-    """Models in which stages can begin at so few places on a stream of single frames, and why."""
-
-    num_places: int
-    reason: str
-
-
-WINDOW = "no exact step form: the model is whole, behind a sliding window"
-FEW_PLACES: dict[str, FewPlaces] = {
-    "x3d_[smxl]*_causal": FewPlaces(99, "causal: it has a step form"),
-    "x3d_*": FewPlaces(2, WINDOW),  # and one place before it, where frames are left out
-    "timesformer_divided_causal": FewPlaces(99, "causal: it has a step form"),
-    "timesformer_*": FewPlaces(2, WINDOW),
-    "vivit_*": FewPlaces(2, WINDOW),
-    "videomae_*": FewPlaces(2, WINDOW),
-    "tsn_*": FewPlaces(1, WINDOW),
-    "torchvision/mc3_18": FewPlaces(2, WINDOW),  # torchvision's own, which reads whole clips; mc3_18 is ours
-    "torchvision/mvit_*": FewPlaces(2, WINDOW),
-    "torchvision/s3d": FewPlaces(2, WINDOW),
-    "torchvision/swin3d_*": FewPlaces(2, WINDOW),
-    "cnn_*": FewPlaces(4, "the image encoder is one layer of the chain; so are the sampling, the cell and the head"),
-    "slowfast_r50": FewPlaces(3, "two pathways that look ahead by different numbers of frames: no wire cuts them"),
-}
-"""The first pattern that fits counts. More stages than places are refused, with that number."""
 NO_CLASSES: dict[str, str] = {
     "conv_autoencoder*": "pictures",
     "torchvision/lraspp_*": "segmentation",
@@ -106,15 +82,25 @@ NO_MEMORY += ["conv_autoencoder*", "keypoint_cnn*", "par_densenet*", "par_incept
 """Clip models that look at each frame by itself. Others are refused frame-parallel on a stream of single frames."""
 
 
-def few_places(model: str) -> FewPlaces:
-    """Where stages can begin on a stream of single frames."""
-    found = (few for pattern, few in FEW_PLACES.items() if fnmatchcase(model, pattern))
-    return next(found, FewPlaces(99, "cut anywhere"))
-
-
 def no_classes(model: str) -> str | None:
     """What the model answers with, where that is nothing that ``sidestream run`` can show."""
     return next((task for pattern, task in NO_CLASSES.items() if fnmatchcase(model, pattern)), None)
+
+
+BACKENDS = ["onnxruntime", "openvino", "inductor"]
+QUICK_STREAMS = ["simple_cnn_tsm_online"]
+"""With these the default run takes a covering selection, on back ends that are quick to build."""
+STREAMS = [name for name in OWN if spec_of(name).layout == "BTCHW"]
+OTHERWISE: dict[tuple[str, str], str] = {
+    ("timesformer_*", "onnxruntime"): "differs from eager",  # places resized to the nearest: other ones
+}
+"""Models, at their small size, and back ends that compute a stage of them otherwise: refused with that sentence."""
+
+
+def computes_otherwise(model: str, backend: str) -> str | None:
+    """Why a back end does not run a model."""
+    found = (why for (pattern, name), why in OTHERWISE.items() if name == backend and fnmatchcase(model, pattern))
+    return next(found, None)
 
 
 def has_memory(model: str, layout: str) -> bool:

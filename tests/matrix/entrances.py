@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix.axes import Row, few_places, has_memory, no_classes
+from matrix.axes import Row, has_memory, no_classes
 from matrix.subject import Answers, Subject, assert_close
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -18,8 +18,9 @@ from torch.utils import _pytree as pytree
 import sidestream as ss
 from contract import assert_equal
 from sidestream.cli import main
-from sidestream.errors import CircuitError, CutError
+from sidestream.errors import CircuitError
 from sidestream.models.heads import CELL_PX
+from sidestream.nn.combine import Chain
 
 Check = Callable[[Row, Subject, Path], None]
 
@@ -28,9 +29,6 @@ def refusal(row: Row, layout: str) -> tuple[type[Exception], str] | None:
     """What a row must be refused with, if at all: the error, and a part of its sentence."""
     if row.entrance == "command" and (task := no_classes(row.model)):
         return ss.InputError, f"answers with {task}, not with classes"
-    places = few_places(row.model).num_places if row.entrance != "clips" else 99
-    if row.num_stages > places:
-        return CutError, f"the model has {places} place"
     if row.executor == "frame-parallel" and row.entrance != "clips" and has_memory(row.model, layout):
         return CircuitError, "cannot run frame-parallel: it has stages with state"
     return None
@@ -47,7 +45,8 @@ def check_clips(row: Row, subject: Subject, folder: Path) -> None:
 
 
 def _check_run(row: Row, net: Any, items: list[Tensor], expected: Callable[[], Answers]) -> None:
-    stages = ss.cut(net, items[0], num_stages=row.num_stages, costs="uniform")
+    costs = "measured" if isinstance(net, Chain) else "uniform"  # a chain is cut inside of its layers only so
+    stages = ss.cut(net, items[0], num_stages=row.num_stages, costs=costs)
     assert len(stages) == row.num_stages
     with ss.run(ss.pipelined(stages), items, executor=row.executor, **row.way.options) as outputs:
         found = [(output.frame_index, output.value) for output in outputs]

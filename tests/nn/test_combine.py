@@ -156,11 +156,12 @@ def test_a_pipelined_chain_equals_the_sequential_one() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_stages": 9}, "has 7 places .* too few for num_stages = 9"),
+        ({"num_stages": 9, "costs": "uniform"}, "has 7 places .* too few for num_stages = 9"),
+        ({"num_stages": 99}, "has 10 places .* too few for num_stages = 99"),
         ({"cut": ("7",)}, "no module '7'; the nearest names are"),
         ({"cut": ("2", "1.1")}, "no stage can begin at '1.1': it runs before '2'"),
         ({"costs": "flops"}, "costs='flops' is unknown for a Chain"),
-        ({"costs": [1.0]}, "1 costs were given for 7"),
+        ({"costs": [1.0]}, "1 costs were given for 7 layers"),
     ],
 )
 def test_wrong_requests(options: dict[str, Any], message: str) -> None:

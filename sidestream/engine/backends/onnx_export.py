@@ -31,8 +31,9 @@ def input_number(*names: str) -> int:
 
 def onnx_bytes(plan: Plan, backend: str) -> bytes:
     """The ONNX model of ``plan``, inputs named input_0, input_1 and on. Raises BackendError when it cannot."""
+    dtypes = DTYPES | {torch.float64} if backend == "onnxruntime" else DTYPES
     for value in (*plan.tensors, *plan.expected):
-        if value.dtype not in DTYPES:
+        if value.dtype not in dtypes:
             raise cannot(plan.name, backend, f"it has tensors of type {value.dtype} on its border")
     try:
         with torch.no_grad(), _quiet():

@@ -6,6 +6,7 @@ wrong outside of that range only is found here, from the operators that eager ru
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,31 @@ KNOWN: dict[str, tuple[Known, ...]] = {
     "aten::bitwise_right_shift": (_BY_A_TENSOR, _OF_SIGNED),
 }
 """By the operator's name; its variants that write in place have the same name with an underscore more."""
+
+
+MOVES = re.compile(
+    "aten::(alias|as_strided|cat|clone|copy_|detach|expand|flatten|index_select|lift_fresh|permute|reshape|select|slice|"
+    "split|squeeze|stack|t|transpose|unbind|unflatten|unsqueeze|view|_unsafe_view|zeros|zeros_like|"
+    "(new_)?(empty|full|ones|zeros)(_like|_strided)?)"
+)
+"""Operators that make no number: they copy, join and look at memory."""
+
+
+def only_moves(run: Callable[[], Any]) -> bool:
+    """Whether ``run`` does nothing but move memory: a runtime would have nothing to compute."""
+    with _Names() as mode:
+        run()
+    return all(map(MOVES.fullmatch, mode.names))
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
 
 
 class Operators(TorchDispatchMode):

@@ -58,6 +58,8 @@ def _varied(value: object, chosen: list[str], rng: torch.Generator) -> object:
     kinds = FLOATS if value.is_floating_point() else MASKS if value.dtype == torch.bool else NUMBERS
     vary = next(kinds[kind] for kind in chosen if kind in kinds)
     made = vary(value, rng).to(value.dtype)
+    if value.is_floating_point():  # what is infinite is a mark (no frame yet), and stays one
+        made = torch.where(value.isfinite(), made, value)
     return torch.empty_like(value).copy_(made)  # in the example's memory layout
 
 

@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import nn
 
 from sidestream.circuit.cut import cut
-from sidestream.circuit.measure import weigh
-from sidestream.circuit.stage import Stage, Stages
+from sidestream.circuit.measure import one_thread
+from sidestream.circuit.stage import NOTHING, Stage, Stages, State, Values
 from sidestream.engine.backends.registry import compile_stages
 from sidestream.engine.backends.tensors import Level
 from sidestream.report.measure import num_cores
@@ -48,20 +49,20 @@ def cut_for_backend(
     workers a stage may be dearer than the others, as long as it is not dearer than a worker's share.
     ``check``: as in ``compile_stages``, for all of these conversions.
     ``options``: more for ``compile_stages``; ``cut_options``: for ``cut`` (``name``, ``input_spec`` ...).
-    Eager stages, single stages and stages with state are cut once. Raises what ``cut`` and ``compile_stages`` raise.
+    Eager stages and single stages are cut once. Raises what ``cut`` and ``compile_stages`` raise.
     """
     workers = num_workers or num_cores()
     stages = cut(model, example, num_stages=num_stages, num_workers=workers, **cut_options)
     options = {"check": check, **(options or {})}
     best = compile_stages(stages, backend, **options)
-    if backend == "eager" or len(stages) == 1 or not all(_is_graph(stage) for stage in stages):
+    if backend == "eager" or len(stages) == 1 or any(s.unit_costs is None or s.hides_state for s in stages):
         return best
-    best, eager_costs = timed(best), [cost for stage in stages for cost in _node_costs(stage)]
-    latest = best
+    best = latest = timed(best)
+    units = [cost for stage in stages for cost in stage.unit_costs or ()]
     for _ in range(rounds):
         if tick_seconds(latest, workers) <= EVEN * total_seconds(latest) / min(workers, len(latest)):
             break
-        costs = rescaled(eager_costs, [_num_nodes(stage) for stage in stages], _seconds(latest))
+        costs = rescaled(units, [len(stage.unit_costs or ()) for stage in stages], _seconds(latest))
         stages = cut(model, example, num_stages=len(stages), costs=costs, **cut_options)
         latest = timed(compile_stages(stages, backend, **options))
         best = min(best, latest, key=lambda found: (tick_seconds(found, workers), total_seconds(found)))
@@ -81,18 +82,50 @@ def rescaled(costs: Sequence[float], counts: Sequence[int], seconds: Sequence[fl
 
 
 def timed(stages: Stages, *, num_runs: int = 15, budget_seconds: float = 1.0) -> Stages:
-    """``stages`` with the measured cost of each: the fastest of its warm runs on its example.
+    """``stages`` with the measured cost of each: seconds of a tick, the mean over a period of the fastest warm one.
 
-    The stages take turns, and the fastest run counts: what else the machine does then tips no balance.
+    The stages run in a row on the example, frame after frame, so they take turns, and the fastest counts: what else the
+    machine does then tips no balance.
     """
-    seconds: list[list[float]] = [[] for _ in stages]
+    assert stages.example is not None
+    period = max(stage.period_ticks for stage in stages)
+    rows = [_Timed(stage) for stage in stages]
+    watched = stages.with_stages(tuple(row.stage for row in rows))
+    args, kwargs = stages.example
+    state, rounds = watched.init_state(), 0
     stop_at = time.perf_counter() + budget_seconds
-    while len(seconds[0]) < 3 or (len(seconds[0]) < num_runs and time.perf_counter() < stop_at):
-        for stage, runs in zip(stages, seconds, strict=True):
-            runs.append(_seconds_of_a_run(stage))
+    with torch.inference_mode(), one_thread():
+        while rounds < 3 or (rounds < num_runs and time.perf_counter() < stop_at):
+            for _ in range(period):
+                state = watched.step(state, *args, **kwargs)[1]
+            rounds += 1
+            for row in rows:
+                row.next_round()
     return stages.with_stages(
-        tuple(replace(stage, cost_seconds=min(runs[1:])) for stage, runs in zip(stages, seconds, strict=True))
+        tuple(
+            replace(stage, cost_seconds=min(row.rounds[1:]) / period) for stage, row in zip(stages, rows, strict=True)
+        )
     )
+
+
+class _Timed:
+    """A stage that notes how long it works."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self._step = replace(stage, step=self._noted), stage.step
+        self.rounds: list[float] = []
+        self._seconds = 0.0
+
+    def _noted(self, inputs: Values, state: State) -> tuple[Values, State]:
+        start = time.perf_counter()
+        is_idle = any(value is NOTHING for value in inputs)
+        made = ((NOTHING,) * self.stage.num_outputs, state) if is_idle else self._step(inputs, state)
+        self._seconds += time.perf_counter() - start
+        return made
+
+    def next_round(self) -> None:
+        self.rounds.append(self._seconds)
+        self._seconds = 0.0
 
 
 def total_seconds(stages: Stages) -> float:
@@ -105,24 +138,5 @@ def tick_seconds(stages: Stages, num_workers: int) -> float:
     return max(*_seconds(stages), total_seconds(stages) / num_workers)
 
 
-def _seconds_of_a_run(stage: Stage) -> float:
-    assert stage.example_inputs is not None
-    start = time.perf_counter()
-    stage.step(stage.example_inputs, None)
-    return time.perf_counter() - start
-
-
 def _seconds(stages: Stages) -> list[float]:
     return [stage.cost_seconds or 0.0 for stage in stages]
-
-
-def _is_graph(stage: Stage) -> bool:
-    return not stage.is_stateful and isinstance(stage.module, fx.GraphModule) and stage.example_inputs is not None
-
-
-def _node_costs(stage: Stage) -> list[float]:
-    return weigh(stage.module, list(stage.example_inputs or ()), "measured")
-
-
-def _num_nodes(stage: Stage) -> int:
-    return sum(node.op in ("call_function", "call_module", "call_method") for node in stage.module.graph.nodes)

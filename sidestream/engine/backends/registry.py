@@ -9,6 +9,7 @@ from typing import Literal
 
 from sidestream.circuit.stage import Stage, Stages
 from sidestream.engine.backends import eager, inductor, ort, ov
+from sidestream.engine.backends.stateful import needs_ticks, programmed, ticks_of
 from sidestream.engine.backends.tensors import BackendOptions, Level
 from sidestream.errors import BackendError, MissingExtraError
 
@@ -52,10 +53,11 @@ def compile_stages(
     on_unsupported: Literal["error", "eager"] = "error",
     on_progress: Progress | None = None,
 ) -> Stages:
-    """The same stages and links, every stateless stage run by ``backend``.
+    """The same stages and links, every stage run by ``backend``.
 
-    Stages with state stay in eager (a log line says so). A converted stage takes tensors of its example's shapes
-    and types in any memory layout, gives outputs that stay valid, and refuses to run once its weights have changed.
+    A state that is a value (streaming layers) goes in and out of the runtime, and is what it is in eager; state in
+    buffers of modules cannot be converted. A converted stage takes tensors of its example's shapes and types in any
+    memory layout, gives outputs that stay valid, and refuses to run once its weights have changed.
 
     ``check``: on what each converted stage is compared with eager. "full": its example, and up to twelve inputs with
     other values (``backends/check.py``), which takes four runs of both and then at most about a second of work;
@@ -68,29 +70,26 @@ def compile_stages(
     chosen = require_backend(backend)
     _check_choice(on_unsupported, num_threads, check)
     options = BackendOptions(precision=precision, num_threads=num_threads, check=check)
+    if backend == "eager":
+        return stages.with_stages(tuple(chosen.compile_stage(stage, options) for stage in stages))
     done: list[Stage] = []
-    for stage in stages:
+    ticks = ticks_of(stages) if stages.example is not None and any(map(needs_ticks, stages)) else None
+    for number, stage in enumerate(stages, start=1):
         if on_progress:
             on_progress(len(done), len(stages), stage.name)
-        done.append(_compile_one(stage, backend, chosen, options, keep_unsupported=on_unsupported == "eager"))
+        try:
+            if ticks is not None and needs_ticks(stage):
+                done.append(programmed(stage, ticks[number - 1], chosen.compile_stage, options, backend))
+            else:
+                done.append(chosen.compile_stage(stage, options))
+        except BackendError as error:
+            if on_unsupported == "error":
+                raise
+            log.warning("stage %r stays in eager: %s", stage.name, error)
+            done.append(stage)
     if on_progress:
         on_progress(len(done), len(stages), stages.name)
     return stages.with_stages(tuple(done))
-
-
-def _compile_one(
-    stage: Stage, name: str, backend: Backend, options: BackendOptions, *, keep_unsupported: bool
-) -> Stage:
-    if stage.is_stateful and name != "eager":
-        log.info("stage %r carries state: it stays in eager", stage.name)
-        return stage
-    try:
-        return backend.compile_stage(stage, options)
-    except BackendError as error:
-        if not keep_unsupported:
-            raise
-        log.warning("stage %r stays in eager: %s", stage.name, error)
-        return stage
 
 
 def require_backend(name: str) -> Backend:
