@@ -14,7 +14,7 @@ import tyro
 
 from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
-from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
+from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan, report_choice
 from sidestream.errors import InputError, SidestreamError, SourceError, WriteError
 from sidestream.report.words import counted, ordinal
 

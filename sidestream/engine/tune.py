@@ -90,10 +90,10 @@ def tune(
             search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto", say=say)
     best, reason = pick(tuple(f.trial for f in search.found), frame_rate)
     found = next(f for f in search.found if f.trial is best)
-    trials, stages = tuple(f.trial for f in search.found), found.circuit.stages
-    if key is not None and all(stage.unit_costs is not None for stage in stages):
-        costs = tuple(cost for stage in stages for cost in stage.unit_costs or ())
-        keep(key, Kept(found.backend, best.executor, len(stages), costs, reason, trials))
+    trials, parts = tuple(f.trial for f in search.found), found.circuit.stages
+    if key is not None and all(part.unit_costs is not None for part in parts):
+        costs = tuple(cost for part in parts for cost in part.unit_costs or ())
+        keep(key, Kept(found.backend, best.executor, len(parts), costs, reason, trials))
     return Tuned(found.circuit, best.executor, found.backend, reason, trials)
 
 
