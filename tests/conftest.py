@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import uuid
 from pathlib import Path
 
 import hypothesis
@@ -21,6 +22,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background; test
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_choices_of_others(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What ``auto`` keeps is neither the user's nor another test's."""
+    monkeypatch.setenv("SIDESTREAM_CACHE", str(tmp_path_factory.getbasetemp() / f"choices-{uuid.uuid4().hex}"))
 
 
 @pytest.fixture(scope="session")

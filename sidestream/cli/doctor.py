@@ -170,6 +170,17 @@ def check_cameras() -> list[Check]:
     return [Check("cameras", "ok", ", ".join(devices), required=False)]
 
 
+def check_choices() -> list[Check]:
+    """What ``auto`` found best at earlier starts."""
+    if not _can_import("torch"):
+        return []
+    from sidestream.engine.choices import folder, kept_files
+
+    count = len(kept_files())
+    detail = f"{count} choice{'s' * (count != 1)} of auto kept in {folder()}"
+    return [Check("choices", "ok", detail, "delete the folder to measure anew" if count else "", required=False)]
+
+
 def check_extras() -> list[Check]:
     return [
         _imported(package, f"pip install 'sidestream[{extra}]'", module=module, required=False)
@@ -188,6 +199,7 @@ CHECKS: tuple[Callable[[], list[Check]], ...] = (
     check_memory,
     check_cuda,
     check_cameras,
+    check_choices,
     check_extras,
 )
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sidestream.errors import InputError, ModelError
+from sidestream.report.words import counted
 from sidestream.types import InputSpec
 
 if TYPE_CHECKING:
     from sidestream.circuit.wire import Circuit
+    from sidestream.engine.tune import Tuned
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class ModelFlags:
     backend: str = "eager"
     threads: int | None = None
     head: str = "classes"
+    no_cache: bool = False
     takes_points: bool = False
     """Whether the command can do with keypoints as answers."""
 
@@ -46,6 +49,8 @@ class Plan:
     """Answers are heat maps of keypoints, not logits of classes."""
     least_frames: int = 1
     """Frames of the shortest video to which there is an answer."""
+    tuned: Tuned | None = None
+    """What was measured, or kept from an earlier start, where the plan was chosen so."""
 
 
 def check_flags(flags: ModelFlags) -> None:
@@ -97,10 +102,11 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
             backends=flags.backend,
             num_threads=flags.threads,
             frame_rate=frame_rate,
+            remembers=not flags.no_cache,
             on_progress=say,
         )
         circuit = tuned.circuit.replace(name=name, input_spec=spec)
-        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec, has_points, least)
+        return Plan(circuit, tuned.executor, tuned.backend, labels, tuned.reason, spec, has_points, least, tuned)
     say(f"cutting {flags.model} for {flags.backend}: measuring what its layers cost")
     cut_options: dict[str, Any] = {
         "num_stages": num_stages,
@@ -113,6 +119,20 @@ def make_plan(flags: ModelFlags, *, frame_rate: float | None = None, on_progress
     else:
         stages = cut_for_backend(model, example, flags.backend, **cut_options)
     return Plan(wire(stages, flags.wiring), flags.executor, flags.backend, labels, "", spec, has_points, least)
+
+
+def report_choice(console: Any, plan: Plan, choice: Any) -> None:
+    """Print what was tried, and why what was picked: before the run (``plan``), or by it (its ``choice``)."""
+    from sidestream.report.table import choice_table
+
+    tuned = plan.tuned
+    trials = tuned.trials if tuned else choice.trials if choice else ()
+    if len(trials) > 1:
+        setting = f"{tuned.backend} in {counted(tuned.circuit.num_stages, 'stage')}, " if tuned else ""
+        console.print(choice_table(trials, f"{setting}{(tuned or choice).executor}"))
+    if reason := plan.note or (choice.reason if choice else ""):
+        kept = " (found at an earlier start; --no-cache measures anew)" if tuned and tuned.is_kept else ""
+        console.print(f"picked: {reason}{kept}", highlight=False, markup=False)
 
 
 def load_model(flags: ModelFlags) -> tuple[Any, tuple[str, ...] | None, InputSpec]:

@@ -14,7 +14,7 @@ import tyro
 
 from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
-from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan
+from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan, report_choice
 from sidestream.errors import InputError, SidestreamError, SourceError, WriteError
 from sidestream.report.words import counted, ordinal
 
@@ -42,6 +42,7 @@ def run(
     frame_rate: float | None = None,
     num_classes: int | None = None,
     head: Literal["classes", "keypoints"] = "classes",
+    no_cache: bool = False,
 ) -> int:
     """Run a model on a video stream: one answer per frame.
 
@@ -65,6 +66,7 @@ def run(
         frame_rate: frames per second of a folder, the synthetic source or a camera.
         num_classes: classes (or keypoints) of the model's head, where they are not the library's.
         head: what a clip model is given to answer with; a keypoint model has that head by itself.
+        no_cache: measure which executor and back end are best, also where an earlier start found it, and keep nothing.
     """
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
@@ -79,7 +81,7 @@ def run(
     if out is not None and out.suffix.lower() not in FORMATS:
         raise WriteError(f"--out {out}: suffix {out.suffix!r} is not known; use one of {', '.join(FORMATS)}")
     flags = ModelFlags(
-        model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads, head, takes_points=True
+        model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads, head, no_cache, True
     )
     check_flags(flags)
     clock = WallClock()
@@ -242,9 +244,7 @@ class Job:
         circuit, stats = self.plan.circuit, self.running.stats
         how = f"{counted(circuit.num_stages, 'stage')}, {circuit.wiring}, {stats.executor}, {self.plan.backend}"
         console.print(summary_table(self.summary(f"{self.title}: {how}")))
-        choice = self.running.choice
-        if reason := self.plan.note or (choice.reason if choice else ""):
-            console.print(f"picked: {reason}", highlight=False, markup=False)
+        report_choice(console, self.plan, self.running.choice)
         if (period := max(stage.period_ticks for stage in circuit.stages)) > 1:
             console.print(f"the model answers every {ordinal(period)} frame", highlight=False)
         source = self.frames.stats

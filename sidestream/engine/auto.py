@@ -40,6 +40,13 @@ class Trial:
     def name(self) -> str:
         return f"{self.setting}, {self.executor}" if self.setting else self.executor
 
+    @property
+    def basis(self) -> str:
+        """What it is judged by, where that is little; else nothing."""
+        if self.too_few < 0:
+            return "by the frames taken, before the first answer"
+        return f"by {self.too_few} answer{'s' * (self.too_few > 1)} only" if self.too_few else ""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -88,22 +95,13 @@ def choose(
 
 def pick(trials: tuple[Trial, ...], frame_rate: float | None) -> tuple[Trial, str]:
     """The best trial and the reason, from plain numbers."""
-    measured = ", ".join(
-        f"{t.name} {t.frames_per_second:.1f} frames/s at {t.latency_seconds * 1e3:.0f} ms{_basis(t)}" for t in trials
-    )
     keeping_up = [t for t in trials if frame_rate is not None and t.frames_per_second >= 1.05 * frame_rate]
     if keeping_up:
         best = min(keeping_up, key=lambda t: t.latency_seconds)
-        return best, f"lowest latency among those that keep up with {frame_rate:g} frames/s ({measured})"
+        return best, f"lowest latency among those that keep up with {frame_rate:g} frames/s"
     best = max(trials, key=lambda t: t.frames_per_second)
     goal = "highest throughput" if frame_rate is None else f"none keeps up with {frame_rate:g} frames/s; fastest"
-    return best, f"{goal} ({measured})"
-
-
-def _basis(trial: Trial) -> str:
-    if trial.too_few < 0:
-        return " by the frames taken, before the first answer"
-    return f" by {trial.too_few} answer{'s' * (trial.too_few > 1)} only" if trial.too_few else ""
+    return best, goal
 
 
 class TimeIsUp(BaseException):

@@ -21,6 +21,7 @@ from sidestream.circuit.wire import Circuit
 from sidestream.circuit.wiring import pipelined
 from sidestream.engine.auto import Trial, measure, pick
 from sidestream.engine.backends import available_backends, compile_stages, cut_for_backend, require_backend
+from sidestream.engine.choices import Kept, keep, key_of, load
 from sidestream.engine.run import Run, run
 from sidestream.errors import InputError
 from sidestream.report.measure import num_cores
@@ -39,6 +40,8 @@ class Tuned:
     backend: str
     reason: str
     trials: tuple[Trial, ...]
+    is_kept: bool = False
+    """It was found at an earlier start, and not measured again."""
 
 
 def tune(
@@ -50,6 +53,7 @@ def tune(
     num_threads: int | None = None,
     frame_rate: float | None = None,
     seconds: float = 1.0,
+    remembers: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Tuned:
     """Measure each candidate for ``seconds`` (four answers, if ``auto.LIMIT_SECONDS`` allow) and pick.
@@ -58,7 +62,16 @@ def tune(
     that cannot run the model is left out, with a log line; one that was named raises.
     ``num_threads``: workers, or threads inside of a whole model; default: all cores.
     ``frame_rate``: of a live source; candidates that keep up with it are ranked by latency, else by throughput.
+    ``remembers``: keep the choice for this model, input, machine and versions (``engine/choices.py``), and take one
+    that was kept instead of measuring.
     """
+    wish = {"stages": num_stages, "backends": backends, "threads": num_threads, "frame_rate": frame_rate}
+    key = key_of(model, example, wish) if remembers else None
+    if key is not None and (kept := load(key)) is not None:
+        try:
+            return _rebuilt(model, example, kept, num_threads or num_cores())
+        except InputError as error:
+            log.warning("a kept choice does not fit the model any more, and is measured anew: %s", error)
     search = _Search(model, example, num_threads or num_cores(), seconds)
     names = _backend_names(backends)
     say = on_progress or (lambda text: None)
@@ -77,7 +90,19 @@ def tune(
             search.try_backend(stages, name, is_only_cut=len(cuts) == 1, may_fail=backends == "auto", say=say)
     best, reason = pick(tuple(f.trial for f in search.found), frame_rate)
     found = next(f for f in search.found if f.trial is best)
-    return Tuned(found.circuit, best.executor, found.backend, reason, tuple(f.trial for f in search.found))
+    trials, parts = tuple(f.trial for f in search.found), found.circuit.stages
+    if key is not None and all(part.unit_costs is not None for part in parts):
+        costs = tuple(cost for part in parts for cost in part.unit_costs or ())
+        keep(key, Kept(found.backend, best.executor, len(parts), costs, reason, trials))
+    return Tuned(found.circuit, best.executor, found.backend, reason, trials)
+
+
+def _rebuilt(model: nn.Module, example: Any, kept: Kept, num_threads: int) -> Tuned:
+    """A choice that was kept, made again: cut at the same places, converted, not measured."""
+    stages = cut(model, example, num_stages=kept.num_stages, costs=list(kept.unit_costs))
+    num_inside = num_threads if kept.executor == "sequential" else 1
+    circuit = pipelined(compile_stages(stages, kept.backend, num_threads=num_inside))
+    return Tuned(circuit, kept.executor, kept.backend, kept.reason, kept.trials, is_kept=True)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sidestream.report.measure import percentiles
 
@@ -61,6 +61,22 @@ def summary_table(summary: RunSummary) -> Table:
     table.add_column(justify="right")
     for what, value in summary_rows(summary):
         table.add_row(Text(what), Text(value))
+    return table
+
+
+def choice_table(trials: Sequence[Any], picked: str) -> Table:
+    """What was tried (``engine.auto.Trial``), the one named ``picked`` marked, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("tried", title="picked by measuring")
+    table.add_column("frames/s", justify="right")
+    table.add_column("latency, ms", justify="right")
+    for t in trials:
+        name, style = f"{t.name} {t.basis}".strip(), "bold" if t.name == picked else ""
+        figures = f"{t.frames_per_second:.1f}", f"{t.latency_seconds * 1e3:.0f}"
+        mark = "> " if t.name == picked else "  "
+        table.add_row(Text(mark + name, style=style), *(Text(figure, style=style) for figure in figures))
     return table
 
 
