@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from sidestream.circuit.calls import Found
 from sidestream.circuit.chain_costs import seconds_of, weights_of
 from sidestream.circuit.measure import Costs, num_bytes
 from sidestream.circuit.names import check_names, check_order
-from sidestream.circuit.segment import ROOT, Found, Segment, is_open, segment_of
+from sidestream.circuit.segment import ROOT, Segment, is_open, segment_of
 from sidestream.circuit.split import module_paths
 from sidestream.errors import CutError
 from sidestream.nn.combine import Chain, PerFrame

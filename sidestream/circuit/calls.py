@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,21 @@ from sidestream.circuit.trace import one_line, place_of
 from sidestream.errors import CutError
 
 CHECKS = ("full", "once", "off")
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a look at the plain model found, for the guards of its graphs."""
+
+    moving: frozenset[str] = frozenset()
+    """Attributes that forward itself assigns."""
+    keeps_weights: bool = False
+    """Forward keeps what it computed from the weights in its first call."""
+    fixed: tuple[tuple[str, Any, Any], ...] = ()
+    """Plain values of globals and classes: path, table, key."""
+
+
+NOTHING_FOUND = Found()
 
 
 class Stream:

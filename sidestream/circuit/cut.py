@@ -19,14 +19,13 @@ from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
 from sidestream.circuit.balance import balanced
-from sidestream.circuit.calls import Stream, check_of
+from sidestream.circuit.calls import Found, Stream, check_of
 from sidestream.circuit.gate import GATE, ONE_CUT
 from sidestream.circuit.inference_tensors import usual_tensors
 from sidestream.circuit.measure import Costs, NodeRecord, own_copies, record, weigh
 from sidestream.circuit.memory import Snapshot, kept
 from sidestream.circuit.names import check_allowed, named_boundaries
 from sidestream.circuit.parts import Parts, verified_stream
-from sidestream.circuit.segment import Found
 from sidestream.circuit.split import crossing_bytes
 from sidestream.circuit.stage import Stages
 from sidestream.circuit.streaming import cut_chain

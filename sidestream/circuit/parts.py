@@ -175,7 +175,7 @@ def verified_stream(stages: Stages, verifier: Verifier) -> Stages:
         declared[0].guard,
         lambda: Stream(verifier.stream.layer),  # type: ignore[union-attr]
     )
-    return declared.with_stages((replace(declared[0], guard=check), *declared[1:]))
+    return declared.with_stages((replace(declared[0], guard=check), *declared.stages[1:]))
 
 
 def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> Iterator[Any]:

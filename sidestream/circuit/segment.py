@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from sidestream.circuit import alias
+from sidestream.circuit.calls import Found
 from sidestream.circuit.measure import NodeRecord, num_bytes, record, weigh
 from sidestream.circuit.parts import Parts
 from sidestream.circuit.split import crossing_bytes, module_path
@@ -28,21 +29,6 @@ from sidestream.nn.combine import Chain
 from sidestream.nn.steppable import Steppable
 
 ROOT = "chain"
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a look at the plain model found, for the guards of its graphs."""
-
-    moving: frozenset[str] = frozenset()
-    """Attributes that forward itself assigns."""
-    keeps_weights: bool = False
-    """Forward keeps what it computed from the weights in its first call."""
-    fixed: tuple[tuple[str, Any, Any], ...] = ()
-    """Plain values of globals and classes: path, table, key."""
-
-
-NOTHING_FOUND = Found()
 
 
 class SegmentModule(nn.Module):

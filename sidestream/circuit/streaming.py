@@ -21,9 +21,10 @@ from torch.utils import _pytree as pytree
 
 from sidestream.circuit.balance import balanced
 from sidestream.circuit.blocks import Block, blocks_of, places_of
+from sidestream.circuit.calls import NOTHING_FOUND, Found
 from sidestream.circuit.group import grouped, in_a_row
 from sidestream.circuit.measure import Costs
-from sidestream.circuit.segment import NOTHING_FOUND, Found, tried
+from sidestream.circuit.segment import tried
 from sidestream.circuit.slice import stage_of_layers
 from sidestream.circuit.stage import Link, Stage, Stages
 from sidestream.errors import CutError
