@@ -28,7 +28,7 @@ from sidestream.circuit.names import check_allowed, named_boundaries
 from sidestream.circuit.parts import Parts, verified_stream
 from sidestream.circuit.split import crossing_bytes
 from sidestream.circuit.stage import Stages
-from sidestream.circuit.streaming import cut_chain
+from sidestream.circuit.streaming import check_frame, cut_chain
 from sidestream.circuit.trace import Traced, plain_model, trace_around, trace_exported
 from sidestream.circuit.verify import Verifier
 from sidestream.errors import CutError
@@ -85,6 +85,7 @@ def cut(
     with ONE_CUT, torch.inference_mode(False), usual_tensors(model) as replaced, kept(model) as before:
         if isinstance(model, Chain):
             verifier = Verifier(model, own_args, own_kwargs, before, how, stream=Stream(model))
+            check_frame(own_args, own_kwargs)
             verifier.look()
             stages = cut_chain(
                 model,

@@ -65,7 +65,6 @@ class Segment:
     forbidden: frozenset[int]
     """Positions among the call nodes before which no stage may begin."""
     num_answers: int
-
     records: Mapping[fx.Node, NodeRecord]
 
     @property

@@ -44,8 +44,6 @@ def cut_chain(
     found: Found = NOTHING_FOUND,
 ) -> Stages:
     """The stages. The example is one frame. ``found``: what a look at the plain model found."""
-    if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
-        raise CutError("a Chain is cut with one frame as the example: cut(chain, frame_BCHW)")
     blocks = blocks_of(chain, args[0], names=names, costs=costs, found=found)
     is_measured = costs == "measured"
     weights = [w / (b.input_period_ticks if is_measured else 1) for b in blocks for w in b.weights]
@@ -61,6 +59,12 @@ def cut_chain(
     bounds = [0, *boundaries, len(weights)]
     costs_of = [tuple(weights[start:end]) for start, end in pairwise(bounds)]
     return stages.with_stages(tuple(replace(s, unit_costs=own) for s, own in zip(stages, costs_of, strict=True)))
+
+
+def check_frame(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """CutError for an example that is not one frame."""
+    if len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor):
+        raise CutError("a Chain is cut with one frame as the example: cut(chain, frame_BCHW)")
 
 
 def _fine(

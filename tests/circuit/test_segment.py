@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from contract import assert_equal
 from sidestream.circuit.blocks import blocks_of
+from sidestream.circuit.calls import NOTHING_FOUND
 from sidestream.circuit.cut import cut
 from sidestream.circuit.group import RowStep
 from sidestream.circuit.segment import PieceStep
@@ -106,7 +107,7 @@ def test_more_stages_than_layers() -> None:
 def test_a_state_stays_in_one_stage(name: str) -> None:
     """At every place where a stage can begin: a stage holds whole states of layers, and all are held once."""
     chain, frame = made(name), frames(1)[0]
-    (block,) = blocks_of(chain, frame, names=None, costs="measured", moving=frozenset())
+    (block,) = blocks_of(chain, frame, names=None, costs="measured", found=NOTHING_FOUND)
     assert block.segment is not None
     wanted = sum(len(stage.init_state()) for stage in cut(chain, frame, num_stages=1) if stage.init_state)
     weights = [0.0] * block.num_units
