@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sidestream.circuit.cut import cut
     from sidestream.circuit.forecast import forecast
     from sidestream.circuit.wiring import parallel, pipelined, semi_parallel, sequential, with_feedback, with_periods
+    from sidestream.clip_graph.convert import to_stream
     from sidestream.engine.backends import available_backends, compile_stages
     from sidestream.engine.rules.direct import DirectFeedback
     from sidestream.engine.rules.exact import Exact
@@ -62,6 +63,7 @@ _HOME = {
     "semi_parallel": "circuit.wiring",
     "sequential": "circuit.wiring",
     "stream": "video",
+    "to_stream": "clip_graph.convert",
     "tune": "engine.tune",
     "with_feedback": "circuit.wiring",
     "with_periods": "circuit.wiring",
@@ -101,6 +103,7 @@ __all__ = [
     "semi_parallel",
     "sequential",
     "stream",
+    "to_stream",
     "tune",
     "with_feedback",
     "with_periods",

@@ -71,7 +71,7 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     leaves, in_spec = pytree.tree_flatten((args, kwargs))
     try:
         grads = torch.set_grad_enabled(model.training)
-        with _quiet(), keeping_whole(model) as calls, assignments_written(model), grads:
+        with quiet(), keeping_whole(model) as calls, assignments_written(model), grads:
             program = torch.export.export(model, args, kwargs, strict=False)
         module = program.module(check_guards=False)
     except CutError:
@@ -80,6 +80,8 @@ def trace_exported(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         said = one_line(error)
         if "constant's list" in said:
             said = "it takes .data of a buffer or parameter, which no graph shows (write x.detach(), or x itself)"
+        if "Expected FakeTensor" in said:  # so torch before 2.14
+            said = "it holds what no graph can, as one that differentiates forwards (torch.func.jvp) does"
         raise CutError(
             f"{type(model).__name__} cannot be traced at {place_of(error)}: {said}; "
             "cut it at submodules by their dotted names instead: cut(model, example, cut=('layer2', ...)), "
@@ -192,18 +194,22 @@ def _erase_with_readers(graph: fx.Graph, node: fx.Node) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the partial graphs that a failing export prints: the error itself says what matters."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level, stderr = logger.level, sys.stderr
-    logger.setLevel(logging.ERROR)
+    loggers = [
+        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    ]
+    levels, stderr = [logger.level for logger in loggers], sys.stderr
+    for logger, level in zip(loggers, (logging.ERROR, logging.CRITICAL)):
+        logger.setLevel(level)
     sys.stderr = mute = _MuteHere(stderr)  # type: ignore[assignment]
     try:
         yield
     finally:
         if sys.stderr is mute:
             sys.stderr = stderr
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 class _MuteHere:

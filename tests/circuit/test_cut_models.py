@@ -1,4 +1,4 @@
-"""Public models, cut into 2 to 8 stages: the stages in a row equal the model, bit for bit, on every output."""
+"""Public models, cut into 2, 5 and 8 stages: the stages in a row equal the model, bit for bit, on every output."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_stages_in_a_row_equal_the_model(make_model: Callable[[], nn.Module], sh
     with torch.no_grad():
         expected, expected_other = model(x), model(1.0 - x)
     assert not torch.equal(pytree.tree_leaves(expected)[0], pytree.tree_leaves(expected_other)[0])
-    for num_stages in range(2, 9):
+    for num_stages in (2, 5, 8):
         stages = cut(model, x, num_stages=num_stages, costs="parameters")
         assert len(stages) == num_stages
         assert_equal(stages(x), expected)
