@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sidestream.engine.rules.exact import Exact
     from sidestream.engine.rules.forward import Forward
     from sidestream.engine.rules.sideways import Sideways
-    from sidestream.engine.run import run
+    from sidestream.engine.run import run, run_many
     from sidestream.engine.tune import tune
     from sidestream.errors import InputError, SidestreamError
     from sidestream.models import create_model, input_spec_of, list_models
@@ -59,6 +59,7 @@ _HOME = {
     "push_to_hub": "models.pretrained",
     "read": "video",
     "run": "engine.run",
+    "run_many": "engine.run",
     "save_pretrained": "models.pretrained",
     "semi_parallel": "circuit.wiring",
     "sequential": "circuit.wiring",
@@ -99,6 +100,7 @@ __all__ = [
     "push_to_hub",
     "read",
     "run",
+    "run_many",
     "save_pretrained",
     "semi_parallel",
     "sequential",

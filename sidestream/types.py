@@ -161,6 +161,8 @@ class Output:
     """The answered frame itself, when the run was fed frames."""
     loss: float | None = None
     """Loss of this answer, under a training rule."""
+    source: str | None = None
+    """Name of its stream, where several go through one circuit."""
 
     @property
     def latency_seconds(self) -> float:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +16,11 @@ from sidestream.engine.executors.frame_parallel import frame_parallel, undelayed
 from sidestream.engine.executors.inline import inline
 from sidestream.engine.executors.threads import threads
 from sidestream.engine.feed import Feed, Prepare
+from sidestream.engine.many import EXECUTORS_OF_MANY, ManyRun, many
 from sidestream.engine.modes import Modes, caller_modes
 from sidestream.engine.rules.forward import Forward
 from sidestream.engine.rules.training import TrainingRule
+from sidestream.engine.stats import RunStats
 from sidestream.engine.tick import Machine, Rule
 from sidestream.errors import CircuitError, InputError
 from sidestream.report.measure import num_cores
@@ -27,47 +28,6 @@ from sidestream.types import Frame, Output
 
 EXECUTORS = ("auto", "inline", "threads", "sequential", "frame-parallel")
 TRAINING_EXECUTORS = ("inline", "threads")
-NUM_KEPT_LATENCIES = 10_000
-
-
-@dataclass
-class RunStats:
-    """The books of a run, in bounded memory; complete when the run has ended."""
-
-    executor: str
-    num_workers: int
-    num_answered: int = 0
-    first_arrived_at_seconds: float | None = None
-    last_made_at_seconds: float = 0.0
-    latencies_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=NUM_KEPT_LATENCIES))
-    """From arrival to answer, of the last 10,000 answers."""
-    busy_seconds: tuple[float, ...] = ()
-    """Time that each stage was at work."""
-    num_frames: int = 0
-    """Frames taken from the stream."""
-
-    def book(self, output: Output) -> None:
-        """Count an answer."""
-        self.num_answered += 1
-        self.latencies_seconds.append(output.latency_seconds)
-        if self.first_arrived_at_seconds is None:
-            self.first_arrived_at_seconds = output.arrived_at_seconds
-        self.last_made_at_seconds = max(self.last_made_at_seconds, output.made_at_seconds)
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """From the arrival of the first answered frame to the last answer."""
-        first = self.first_arrived_at_seconds
-        return 0.0 if first is None else self.last_made_at_seconds - first
-
-    @property
-    def frames_per_second(self) -> float:
-        return self.num_answered / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0
-
-    @property
-    def busy_shares(self) -> tuple[float, ...]:
-        """Share of the run during which each stage was at work (frame-parallel: may exceed 1)."""
-        return tuple(b / self.elapsed_seconds if self.elapsed_seconds > 0 else 0.0 for b in self.busy_seconds)
 
 
 class Run(Iterator[Output]):
@@ -162,8 +122,9 @@ def run(
     """
     if executor not in EXECUTORS:
         raise InputError(f"unknown executor {executor!r}; expected one of {', '.join(EXECUTORS)}")
-    if num_threads is not None and num_threads < 1:
-        raise InputError(f"num_threads={num_threads}; expected 1 or more")
+    if isinstance(frames, Mapping):
+        raise InputError(f"a dict of {len(frames)} streams was given to run, which takes one stream; use run_many")
+    _check_threads(num_threads)
     options = _Options(rule or Forward(), prepare, num_threads or num_cores(), max_in_flight, copy_frames, clock)
     if options.rule.goes_back and executor not in TRAINING_EXECUTORS:
         raise InputError(
@@ -184,6 +145,42 @@ def run(
     started = _start(circuit, frames, choice.executor, options)
     started.choice = choice
     return started
+
+
+def run_many(
+    circuit: Circuit,
+    streams: Mapping[str, Iterable[Any]],
+    *,
+    executor: str = "threads",
+    prepare: Prepare = None,
+    num_threads: int | None = None,
+    copy_frames: bool = True,
+    clock: Clock = WALL,
+) -> ManyRun:
+    """Run several streams through one circuit, and iterate over their answers as they come.
+
+    ``streams``: name -> anything that ``run`` takes as ``frames``. Each stream has a state of its own and is answered
+    as if it ran alone; ``Output.source`` says which it is. Weights are there once, and one pool of ``num_threads``
+    workers serves all: the oldest frame goes first. A stream whose source is slow, drops out or fails does not hold up
+    the others. ``executor``: "threads", or "inline" (one thread, in turn). The rest is as in ``run``.
+
+    Raises CircuitError for stages that keep state where all streams would share it.
+    """
+    if executor not in EXECUTORS_OF_MANY:
+        raise InputError(
+            f"executor {executor!r} does not run several streams; expected one of {', '.join(EXECUTORS_OF_MANY)}"
+        )
+    names = list(streams)
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"the streams are named {names!r}; give a dict from names (strings) to streams, one or more")
+    _check_threads(num_threads)
+    feeds = [Feed(frames, circuit, prepare=prepare, clock=clock, copies=copy_frames) for frames in streams.values()]
+    return many(circuit, names, feeds, executor=executor, num_threads=num_threads or num_cores(), clock=clock)
+
+
+def _check_threads(num_threads: int | None) -> None:
+    if num_threads is not None and num_threads < 1:
+        raise InputError(f"num_threads={num_threads}; expected 1 or more")
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ FIRST_OF = {
     ),
     "data/test_dataset.py": "pictures shapes",
     "engine/test_backends.py": "backends/eager backends/inductor backends/onnx_export backends/ort backends/ov",
-    "engine/test_executors.py": "executors/frame_parallel executors/inline executors/threads feed modes run",
+    "engine/test_executors.py": (
+        "executors/frame_parallel executors/inline executors/lane executors/pool executors/threads feed modes run stats"
+    ),
     "engine/test_rules_updates.py": "rules/place rules/trainer",
     "engine/test_unroll.py": "unroll_stages unrolled",
     "nn/test_combine.py": "steppable",

@@ -17,7 +17,8 @@ import torch
 from sidestream.circuit.ages import mixes_ages
 from sidestream.circuit.wire import Circuit
 from sidestream.clock import Clock
-from sidestream.engine.executors.threads import STOP_GRACE_SECONDS, drained_on_interrupt
+from sidestream.engine.executors.lane import STOP_GRACE_SECONDS
+from sidestream.engine.executors.threads import drained_on_interrupt
 from sidestream.engine.feed import Feed
 from sidestream.engine.modes import caller_modes
 from sidestream.engine.tick import Fed, Machine, Rule

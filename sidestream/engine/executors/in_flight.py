@@ -19,7 +19,7 @@ def limit_in_flight(machine: Machine, num_workers: int, max_in_flight: int | Non
     wanted = max_in_flight + look_ahead_ticks(machine.circuit)
     if machine.rule.goes_back:  # a stage may wait for one that reads newer frames
         return machine.latency + 1
-    return max(_needed(machine), min(machine.latency + 1, wanted))
+    return max(num_needed(machine), min(machine.latency + 1, wanted))
 
 
 class LiveLimit:
@@ -35,7 +35,7 @@ class LiveLimit:
     def __init__(self, machine: Machine, num_workers: int, max_in_flight: int | None) -> None:
         self.most = limit_in_flight(machine, num_workers, max_in_flight, is_live=True)
         circuit = machine.circuit
-        self._least, self._num_workers = _needed(machine), num_workers
+        self._least, self._num_workers = num_needed(machine), num_workers
         self._more = self._least - 1
         has_clocks = any(p > 1 for p in circuit.periods) or any(s.period_ticks > 1 for s in circuit.stages)
         self._is_fixed = max_in_flight is not None or machine.rule.goes_back or has_clocks
@@ -59,6 +59,6 @@ class LiveLimit:
         return self.now > before
 
 
-def _needed(machine: Machine) -> int:
+def num_needed(machine: Machine) -> int:
     """Frames without which there is no answer."""
     return machine.latency - information_latency_ticks(machine.circuit) + 1
