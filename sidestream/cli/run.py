@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from sidestream.cli.early import check_source
 from sidestream.cli.film import Film, Watched
+from sidestream.cli.interrupt import on_interrupt
 from sidestream.cli.plan import ModelFlags, Plan, check_flags, make_plan, report_choice
+from sidestream.cli.run_many import named_sources, run_several
 from sidestream.errors import InputError, SidestreamError, SourceError, WriteError
 from sidestream.report.words import counted, ordinal
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(
-    source: Annotated[str, tyro.conf.Positional],
+    source: Annotated[tuple[str, ...], tyro.conf.Positional],
     model: str = "efficientnet_lite0",
     weights: str = "default",
     labels: Path | None = None,
@@ -44,10 +44,11 @@ def run(
     head: Literal["classes", "keypoints"] = "classes",
     no_cache: bool = False,
 ) -> int:
-    """Run a model on a video stream: one answer per frame.
+    """Run a model on a video stream, or on several at once: one answer per frame.
 
     Args:
-        source: a video file, a folder of images, camera[:N], a network address (rtsp, http, udp, tcp), or synthetic.
+        source: a video file, a folder of images, camera[:N], a network address (rtsp, http, udp, tcp), or synthetic;
+            several, or @FILE with one per line, go through one model side by side.
         model: a name from `sidestream models` (torchvision and timm names work).
         weights: default (the library's own), random, or a local .safetensors / .pt file.
         labels: file with one label per line, or a JSON list.
@@ -58,7 +59,7 @@ def run(
         backend: what runs a stage: eager, inductor, onnxruntime, openvino, or auto.
         real_time: replay a file at its own frame rate, as if live.
         policy: which frames a slow model misses: newest, lossless, or bounded:N.
-        out: annotated video to write (.mp4, .mkv, .mov, .webm).
+        out: annotated video to write (.mp4, .mkv, .mov, .webm); of several sources a folder, with a video for each.
         json: answers to write, one JSON object per line.
         top_k: classes per answer.
         threads: worker threads (default: all cores).
@@ -70,9 +71,19 @@ def run(
     """
     if top_k < 1:
         raise InputError(f"--top-k {top_k}; expected 1 or more")
-    check_source(source)
+    sources = named_sources(source)
+    flags = ModelFlags(
+        model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads, head, no_cache, True
+    )
+    if len(sources) > 1:
+        for one in sources:
+            check_target("--json", json, one)
+        check_flags(flags)
+        options = {"policy": policy, "real_time": real_time, "max_frames": max_frames, "frame_rate": frame_rate}
+        return run_several(sources, flags, top_k=top_k, out=out, json=json, **options)
+    (only,) = sources
     for flag, path in (("--out", out), ("--json", json)):
-        check_target(flag, path, source)
+        check_target(flag, path, only)
     from sidestream.clock import WallClock
     from sidestream.engine import run as run_circuit
     from sidestream.video import stream
@@ -80,20 +91,15 @@ def run(
 
     if out is not None and out.suffix.lower() not in FORMATS:
         raise WriteError(f"--out {out}: suffix {out.suffix!r} is not known; use one of {', '.join(FORMATS)}")
-    flags = ModelFlags(
-        model, weights, labels, num_classes, stages, cut, wiring, executor, backend, threads, head, no_cache, True
-    )
     check_flags(flags)
     clock = WallClock()
-    frames = stream(
-        source, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate
-    )
+    frames = stream(only, policy=policy, real_time=real_time, clock=clock, max_frames=max_frames, frame_rate=frame_rate)
     with frames:
         live_rate = frames.info.frame_rate if frames.wants_latency else None
         with _status() as say:
             plan = make_plan(flags, frame_rate=live_rate, on_progress=say)
         frames.catch_up()  # what came while the model was made ready does not count
-        job = Job(plan, frames, top_k=top_k, title=f"{model} on {source}")
+        job = Job(plan, frames, top_k=top_k, title=f"{model} on {only}")
         with _status() as say:
             say("starting" if plan.executor != "auto" else f"measuring which executor is best for {model}")
             job.running = run_circuit(
@@ -141,7 +147,7 @@ class Job:
 
     def work(self, out: Path | None, json: Path | None) -> None:
         """Answer every frame. What was answered is kept when a later frame fails; nothing is left when none was."""
-        with contextlib.ExitStack() as files, self._stop_on_interrupt():
+        with contextlib.ExitStack() as files, on_interrupt(self._interrupt):
             add = self._open(files, out, json)
             with self.running, _progress(self.frames) as advance:
                 try:
@@ -196,25 +202,10 @@ class Job:
         timing = {"frame": str(output.frame_index), "age ms": output.latency_seconds * 1e3}
         return overlay(frame, timing=timing, **self.read(output).drawing)
 
-    @contextlib.contextmanager
-    def _stop_on_interrupt(self) -> Iterator[None]:
-        """First Ctrl-C: take no more frames, answer those in flight, finish the files. Further ones: at once."""
-
-        def stop(number: int, stack: Any) -> None:
-            self.was_interrupted = True
-            self.running.stop()
-            self.frames.stop()
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        try:
-            before = signal.signal(signal.SIGINT, stop)
-        except ValueError:  # not in the main thread: there is no Ctrl-C to catch
-            yield
-            return
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _interrupt(self) -> None:
+        self.was_interrupted = True
+        self.running.stop()
+        self.frames.stop()
 
     def summary(self, title: str) -> Any:
         """The figures of the closing table."""

@@ -96,8 +96,10 @@ def many(
 ) -> ManyRun:
     """See ``engine.run.run_many``."""
     _check_apart(circuit)
-    machines = [Machine(circuit, Forward()) for _ in names]
     num_workers = 1 if executor == "inline" else min(num_threads, circuit.num_stages * len(names))
+    twins = [circuit.replace(stages=tuple(s.twin() for s in circuit.stages)) for _ in range(num_workers - 1)]
+    rows = [circuit, *twins]  # stages that one worker at a time can use are there once per worker
+    machines = [Machine(rows[n % len(rows)], Forward()) for n in range(len(names))]
     stats = [RunStats("inline" if executor == "inline" else "threads", num_workers) for _ in names]
     answers = (
         _in_turn(machines, feeds, clock)

@@ -64,6 +64,38 @@ def summary_table(summary: RunSummary) -> Table:
     return table
 
 
+@dataclass(frozen=True)
+class StreamRow:
+    """What a run did for one of several streams."""
+
+    name: str
+    num_frames_in: int
+    """Frames that the source made available, dropped ones included."""
+    num_answered: int
+    num_dropped: int
+    frames_per_second: float
+    latencies_seconds: Sequence[float] = ()
+    num_reconnects: int = 0
+
+
+def streams_table(rows: Sequence[StreamRow], title: str, *, peak_memory_bytes: int | None) -> Table:
+    """The closing table of a run on several streams, a row for each, for a terminal."""
+    from rich.table import Table
+    from rich.text import Text
+
+    peak = "" if peak_memory_bytes is None else f"peak memory {peak_memory_bytes / _MIB:.0f} MiB"
+    table = Table(title=Text(title), caption=peak)
+    table.add_column("source", overflow="fold")
+    for heading in ("in / answered / dropped", "answers/s", "p50 / p95 ms", "drop-outs"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        p50, p95, _ = (1000 * seconds for seconds in percentiles(row.latencies_seconds))
+        counts = f"{row.num_frames_in} / {row.num_answered} / {row.num_dropped}"
+        figures = (counts, _number(row.frames_per_second), f"{_number(p50)} / {_number(p95)}", str(row.num_reconnects))
+        table.add_row(Text(row.name), *map(Text, figures))
+    return table
+
+
 def choice_table(trials: Sequence[Any], picked: str) -> Table:
     """What was tried (``engine.auto.Trial``), the one named ``picked`` marked, for a terminal."""
     from rich.table import Table
