@@ -88,6 +88,11 @@ def _graph(model: nn.Module, clip: Tensor) -> fx.GraphModule:
         raise ModelError(
             f"{type(model).__name__} cannot be traced on {tuple(clip.shape)} at {place_of(error)}: {one_line(error)}"
         ) from error
+    if written := list(program.graph_signature.buffers_to_mutate.values()):
+        raise ModelError(
+            f"{type(model).__name__} writes to its buffer {written[0]!r} when it is called; a stream calls nothing once "
+            "per clip: leave that out of forward"
+        )
     module = program.module(check_guards=False)
     _, spec = pytree.tree_flatten(((clip,), {}))
     if program.call_spec.in_spec != spec:

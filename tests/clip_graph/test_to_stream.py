@@ -176,6 +176,32 @@ def test_a_video_transformer_is_refused() -> None:
         ss.to_stream(net, torch.rand(1, 16, 3, 224, 224))
 
 
+class Counting(nn.Module):
+    """Answers with how often it was called, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, clip_BTCHW: Tensor) -> Tensor:
+        self.calls += 1
+        return clip_BTCHW.mean((1, 3, 4)) + self.calls
+
+
+def test_a_model_that_writes_to_buffers_is_refused_and_is_as_it_was() -> None:
+    net = Counting().eval()
+    with pytest.raises(ModelError, match="buffer 'calls'"):
+        ss.to_stream(net, clip_of(8))
+    assert net.calls == 0
+
+
+def test_norms_over_the_clip_are_refused() -> None:
+    for norm in (nn.InstanceNorm3d(3), nn.GroupNorm(1, 3), nn.BatchNorm3d(3, track_running_stats=False)):
+        net = nn.Sequential(norm, nn.Conv3d(3, 2, 3)).double().eval()
+        with pytest.raises(ModelError, match="mixes frames"):
+            ss.to_stream(net, clip_of(8).transpose(1, 2), layout="BCTHW")
+
+
 def test_wrong_input_is_refused() -> None:
     net, clip = net_of("causal"), clip_of(8)
     with pytest.raises(ModelError, match="training mode"):
