@@ -81,21 +81,20 @@ def _is_idle_norm(module: nn.Module) -> bool:
 def measure_costs(
     module: fx.GraphModule, leaves: Sequence[Any], *, num_runs: int = 7, budget_seconds: float = 2.5
 ) -> dict[fx.Node, float]:
-    """Seconds of each call node on one thread: the least of ``num_runs`` runs after a warm-up.
+    """Seconds of each call node on one thread: the least of ``num_runs`` runs.
 
-    What else the machine does can only make a run longer, and where a boundary goes must not depend on it.
+    What else the machine does, and that the first run is a cold one, can only make a run longer, and where a boundary
+    goes must not depend on it.
 
-    Stops early once ``budget_seconds`` have passed (heavy models get fewer runs, at least one).
+    Stops early once ``budget_seconds`` have passed (heavy models get fewer runs, at least two).
     """
     timer = _Timer(module)
     with undisturbed(module), one_thread(), torch.no_grad():
         leaves = own_copies(leaves)
-        timer.run(*leaves)
-        timer.seconds.clear()
         stop_at = time.perf_counter() + budget_seconds
-        for _ in range(num_runs):
+        for number in range(num_runs):
             timer.run(*leaves)
-            if time.perf_counter() > stop_at:
+            if number > 0 and time.perf_counter() > stop_at:
                 break
     return {node: min(seconds) for node, seconds in timer.seconds.items()}
 

@@ -19,7 +19,7 @@ from sidestream.circuit.freshness import guard_of
 from sidestream.circuit.hidden import Watched
 from sidestream.circuit.measure import NodeRecord, hidden_buffers, num_bytes, own_copies, storage_of
 from sidestream.circuit.split import Piece, module_path, module_paths, piece_module, piece_name, split
-from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, State, Values, flatten_inputs
+from sidestream.circuit.stage import NOTHING, SOURCE, Stage, Stages, flatten_inputs
 from sidestream.circuit.step import Check, graph_step
 from sidestream.circuit.trace import Traced
 from sidestream.circuit.verify import Verifier
@@ -127,12 +127,17 @@ class Parts:
             return f"stage {number} ({result[number - 1].name}), module {module_path(node)!r} (node {node.name}{line})"
 
         self._check_buffers(result, verifier)
-        verifier.compare(lambda probes: _run_in_a_row(result, probes, self.model.training), where)
+        seen: list[_Values] = []
+        verifier.compare(lambda probes: _run_in_a_row(result, probes, self.model.training, seen), where)
         verifier.before.restore()
-        inputs, outputs = _tried(result, self.traced.leaves)
+        values = seen[1] if len(seen) > 1 else _tried(result, self.traced.leaves)  # of the example
         stages = [
-            replace(stage, example_inputs=given, output_bytes=tuple(num_bytes(value) for value in made))
-            for stage, given, made in zip(result, inputs, outputs)
+            replace(
+                stage,
+                example_inputs=tuple(own_copies(result.inputs_of(values, number))),
+                output_bytes=tuple(num_bytes(values[number, n]) for n in range(stage.num_outputs)),
+            )
+            for number, stage in enumerate(result, start=1)
         ]
         result = result.with_stages(tuple(stages))
         is_training = self.model.training
@@ -178,9 +183,19 @@ def verified_stream(stages: Stages, verifier: Verifier) -> Stages:
     return declared.with_stages((replace(declared[0], guard=check), *declared.stages[1:]))
 
 
-def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> Iterator[Any]:
-    """The answers to one probe after the other, the stages interleaved as in a pipeline, each on another frame."""
-    K, state, frames = len(stages), stages.init_state(), []
+_Values = dict[tuple[int, int], Any]
+"""By stage and output."""
+
+
+def _run_in_a_row(
+    stages: Stages, probes: Sequence[Any], is_training: bool, frames: list[_Values] | None = None
+) -> Iterator[Any]:
+    """The answers to one probe after the other, the stages interleaved as in a pipeline, each on another frame.
+
+    ``frames``: where to put what was on the wires, probe by probe.
+    """
+    frames = [] if frames is None else frames
+    K, state = len(stages), stages.init_state()
     steps = [getattr(s.step, "with_gradients", s.step) if is_training else s.step for s in stages]
     with torch.inference_mode(not is_training):
         for args, kwargs in probes:
@@ -199,23 +214,14 @@ def _run_in_a_row(stages: Stages, probes: Sequence[Any], is_training: bool) -> I
         yield NOTHING if is_nothing else pytree.tree_unflatten(answer, stages.out_spec)
 
 
-def _tried(stages: Stages, leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """What each stage is given and makes on the example."""
-    given: list[Any] = []
-    made: list[Any] = []
-
-    def noted(stage: Stage) -> Stage:
-        def step(inputs: Values, state: State) -> tuple[Values, State]:
-            outputs, state = stage.step(inputs, state)
-            given.append(inputs)
-            made.append(outputs)
-            return outputs, state
-
-        return replace(stage, step=step)
-
-    args, kwargs = pytree.tree_unflatten(own_copies(leaves), stages.in_spec)
-    stages.with_stages(tuple(map(noted, stages)))(*args, **kwargs)
-    return given, made
+def _tried(stages: Stages, leaves: Sequence[Any]) -> _Values:
+    """What the source and every stage give on the example."""
+    state = stages.init_state()
+    values: _Values = {(SOURCE, n): leaf for n, leaf in enumerate(own_copies(leaves))}
+    for number, stage in enumerate(stages, start=1):
+        outputs, _ = stage.step(stages.inputs_of(values, number), state[number - 1])
+        values.update({(number, n): value for n, value in enumerate(outputs)})
+    return values
 
 
 def _checks(piece: Piece, leaves: Mapping[fx.Node, Any]) -> tuple[Check, ...]:

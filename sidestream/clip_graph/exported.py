@@ -90,7 +90,7 @@ def _graph(model: nn.Module, clip: Tensor) -> fx.GraphModule:
         ) from error
     if written := list(program.graph_signature.buffers_to_mutate.values()):
         raise ModelError(
-            f"{type(model).__name__} writes to its buffer {written[0]!r} when it is called; a stream calls nothing once "
+            f"{type(model).__name__} writes to its buffer {written[0]!r} when it is called; a stream has no calls "
             "per clip: leave that out of forward"
         )
     module = program.module(check_guards=False)

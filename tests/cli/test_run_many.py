@@ -33,12 +33,11 @@ def said(record: dict[str, Any]) -> Any:
 @pytest.mark.parametrize(
     ("model", "flags"),
     [
-        ("timm/test_efficientnet", []),
-        ("timm/test_efficientnet", ["--stages", "3", "--threads", "2"]),
+        ("timm/test_efficientnet", ["--stages", "2"]),
         ("simple_cnn_tsm_online", ["--stages", "2", "--threads", "3"]),
         ("simple_cnn_tsm_online", ["--executor", "inline"]),
         ("simple_cnn_tsm_online", ["--backend", "onnxruntime"]),
-        ("timm/test_efficientnet", ["--backend", "openvino"]),
+        ("simple_cnn_tsm_online", ["--backend", "openvino"]),
     ],
 )
 def test_each_source_is_answered_as_by_itself(model: str, flags: list[str], tmp_path: Path) -> None:
