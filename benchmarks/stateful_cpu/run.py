@@ -78,8 +78,10 @@ def candidates_of(name: str, say: Callable[[str], None]) -> dict[str, Measure]:
     made = ss.create_model(name).eval()
     info = info_of(made)
     assert info is not None
-    stream, info = net_on_stream(made, info)
-    frame, cores = torch.rand(1, 3, *info.input_spec.size_px), num_cores()
+    size = info.input_spec.size_px
+    # its own stream takes every frame; net_on_stream would leave out those that the model was not made for
+    stream = made.streaming() if hasattr(made, "streaming") else net_on_stream(made, info)[0]
+    frame, cores = torch.rand(1, 3, *size), num_cores()
     found: dict[str, Measure] = {}
 
     def add(title: str, make: Callable[[], Measure]) -> None:
