@@ -1,4 +1,4 @@
-"""The books of a run."""
+"""The books of a run: frames, answers, latencies, how busy each stage was."""
 
 from __future__ import annotations
 
