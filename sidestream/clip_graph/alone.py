@@ -54,6 +54,8 @@ def works_alone(
         except (RuntimeError, IndexError):
             raise NoStep(MIXES) from None
     short, long = known.example(node)
+    if num == longer_num and isinstance(together, Tensor):  # the first frames only: no axis tells itself by growing
+        return _same_place(known.times[timed[0]].place, together, alone, picks, num), constants
     if isinstance(together, Tensor):
         return _place(together, alone, picks, short, long, num, longer_num), constants
     parts: list[Found] = []
@@ -97,6 +99,15 @@ def _place(
 ) -> Place:
     for place in places(short.shape, num, long.shape, longer_num):
         frames = [place.frame(together, k, longer_num) for k in picks]
+        if all(is_close(a, b) for a, b in zip(alone, frames)):
+            return place
+    raise NoStep(MIXES)
+
+
+def _same_place(place: Place, together: Tensor, alone: Sequence[Any], picks: Sequence[int], num: int) -> Place:
+    """Time where it lies in what goes in."""
+    if together.ndim > place.axis and together.shape[place.axis] == place.before * num * place.after:
+        frames = [place.frame(together, k, num) for k in picks]
         if all(is_close(a, b) for a, b in zip(alone, frames)):
             return place
     raise NoStep(MIXES)

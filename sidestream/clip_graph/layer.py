@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from sidestream.clip_graph.exported import Call
+from sidestream.clip_graph.remembering import Slid
 from sidestream.clip_graph.rules import Rule, Source, Timed
 from sidestream.errors import LayoutError, ModelError
 from sidestream.nn.steppable import Steppable
@@ -173,8 +174,10 @@ class GraphLayer(Steppable):
         if frame is not None:
             place = piece.given_times.place
             value = frame if place is None else place.from_wire(frame)
-            if piece.given in kept:
-                value = value.clone()  # its owner may change it
+            if (
+                self.has_memory
+            ):  # its owner may change it, and an operation may hand it on as it is (dropout, contiguous)
+                value = value.clone()
             rows[piece.given] = (*rows[piece.given], value)
 
         def ends_of(rule: Rule) -> list[int] | None:
@@ -204,8 +207,8 @@ class GraphLayer(Steppable):
         if rest == 0 and n == newest[piece.answer] >= 0:
             answer = rows[piece.answer][-1]
             answer = answer if own.place is None else own.place.to_wire(answer)
-            if piece.answer in kept or self._plan.real[piece.answer].is_view:
-                answer = answer.clone()
+            if self.has_memory and not isinstance(self._plan.real[piece.answer], Slid):
+                answer = answer.clone()  # it may lie in the memory of a frame that is kept
         return answer, {n: rows[n][-k:] for n, k in self._plan.kept.items()}, after
 
     def extra_repr(self) -> str:

@@ -142,9 +142,6 @@ def _fixed_of(known: Analysis, nodes: Sequence[fx.Node]) -> dict[fx.Node, Any]:
 
 
 def _part(both: Twins, read: Sequence[fx.Node]) -> nn.Module:
-    graph = fx.Graph()
-    made = [graph.get_attr(str(n.target)) for n in read]
-    graph.output(tuple(made))
     part = nn.Module()
     for n in read:
         path, _, key = str(n.target).rpartition(".")

@@ -288,6 +288,30 @@ def single(make: Any) -> Any:
     return ss.to_stream(make().eval(), clip_of(8, streams=1, dtype=torch.float32))
 
 
+class HandedOn(nn.Module):
+    """Operations that give back what they were given, before and behind what is remembered."""
+
+    def forward(self, clip_BTCHW: Tensor) -> Tensor:
+        x = nn.functional.dropout(clip_BTCHW.contiguous(), training=False)
+        x = nn.functional.dropout(x + torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1), training=False)
+        return (x - torch.cat([x[:, :1], x[:, :-1]], dim=1)).contiguous() + x
+
+
+def test_frames_and_answers_that_operations_hand_on_are_copied() -> None:
+    clip = clip_of(7)
+    stream = ss.to_stream(HandedOn().eval(), clip_of(8))
+    expected, state, answers = HandedOn()(clip), stream.init_state(clip[:, 0]), []
+    for frame in clip.unbind(1):
+        mine = frame.clone()
+        answer, state = stream.step(mine, state)
+        mine.fill_(float("nan"))
+        if answer is not NOTHING:
+            answers.append(answer.clone())
+            answer.fill_(float("nan"))
+    answers += [a.clone() for a in stream.finish(state)]
+    torch.testing.assert_close(torch.stack(answers, dim=1), expected, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize(
     ("num_stages", "executor"), [(1, "inline"), (2, "threads"), (5, "threads"), (5, "inline"), (2, "sequential")]
 )
@@ -295,8 +319,7 @@ def single(make: Any) -> Any:
 def test_cut_and_run(make: Any, num_stages: int, executor: str) -> None:
     clip, stream = clip_of(11, streams=1, dtype=torch.float32), single(make)
     expected, _ = step_through(stream, clip, and_finish=True)
-    if num_stages > 1 and len(stream.layers) < num_stages:
-        pytest.skip("it has fewer layers")
+    num_stages = min(num_stages, len(stream.layers))  # a net without a joint is one layer
     circuit = ss.pipelined(ss.cut(stream, clip[:, 0], num_stages=num_stages, costs="uniform"))
     found = [o.value.clone() for o in ss.run(circuit, list(clip.unbind(1)), executor=executor)]
     torch.testing.assert_close(torch.stack(found, dim=1), expected, rtol=1e-5, atol=1e-6)
